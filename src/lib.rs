@@ -1,0 +1,1 @@
+//! fsmoe: an engine that trains sparse Mixture-of-Experts models.

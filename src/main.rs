@@ -1,0 +1,2 @@
+//! The `fsmoe` command.
+fn main() {}
