@@ -1,1 +1,10 @@
 //! fsmoe: an engine that trains sparse Mixture-of-Experts models.
+
+pub mod autograd;
+pub mod device;
+mod error;
+pub mod moe;
+pub mod rng;
+pub mod tensor;
+
+pub use error::{Error, Result};

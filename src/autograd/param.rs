@@ -1,0 +1,148 @@
+//! Trainable parameters.
+
+use crate::device::Lane;
+use crate::error::{Result, shape_err};
+use crate::rng::{Counter, Purpose};
+use crate::tensor::{DType, Shape, Tensor};
+use std::fmt;
+use std::sync::Arc;
+
+/// The ranks over which a parameter's gradient is summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ReduceGroup {
+    /// Held by every rank: routers, norms, embeddings, dense layers (DP × MP).
+    Replicated,
+    /// An expert's weights: the ranks that hold the same expert.
+    Expert,
+}
+
+/// A trainable tensor and its gradient, which backward passes add to. Cloning shares both.
+#[derive(Clone)]
+pub struct Parameter(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    value: Tensor,
+    grad: Tensor,
+    group: ReduceGroup,
+    decay: bool,
+}
+
+impl Parameter {
+    /// A parameter with a zero gradient of its own dtype. `decay`: whether weight decay applies (matrices, not norms).
+    ///
+    /// # Errors
+    /// If the device has no memory left for the gradient.
+    pub fn new(lane: &Lane, name: impl Into<String>, value: Tensor, group: ReduceGroup, decay: bool) -> Result<Self> {
+        if !value.is_contiguous() || !value.dtype().is_float() {
+            shape_err!("a parameter is a contiguous float tensor, not {value:?}");
+        }
+        let grad = lane.zeros(*value.shape(), value.dtype())?;
+        Ok(Parameter(Arc::new(Inner { name: name.into(), value, grad, group, decay })))
+    }
+
+    /// Its name, unique in a model, as checkpoints have it.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The value.
+    pub fn value(&self) -> &Tensor {
+        &self.0.value
+    }
+
+    /// The gradient, same shape; backward adds to it.
+    pub fn grad(&self) -> &Tensor {
+        &self.0.grad
+    }
+
+    /// The ranks its gradient is summed over.
+    pub fn group(&self) -> ReduceGroup {
+        self.0.group
+    }
+
+    /// Whether weight decay applies.
+    pub fn decay(&self) -> bool {
+        self.0.decay
+    }
+
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.0.value.elements()
+    }
+
+    /// Sets the gradient to zero.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn zero_grad(&self, lane: &Lane) -> Result<()> {
+        lane.fill(self.grad(), 0.0)
+    }
+}
+
+impl fmt::Debug for Parameter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Parameter({} {:?})", self.0.name, self.0.value)
+    }
+}
+
+/// Makes parameters: where, of which type, under which name prefix, from which seed. A parameter's initial values
+/// depend on the seed and its name alone, so they are the same whatever else the model holds.
+#[derive(Clone)]
+pub struct Init {
+    lane: Lane,
+    dtype: DType,
+    seed: u64,
+    prefix: String,
+}
+
+impl Init {
+    /// Parameters on `lane`'s device, of `dtype`, from `seed`.
+    pub fn new(lane: &Lane, dtype: DType, seed: u64) -> Self {
+        Init { lane: lane.clone(), dtype, seed, prefix: String::new() }
+    }
+
+    /// The same with `name.` put before every name.
+    pub fn child(&self, name: impl fmt::Display) -> Self {
+        Init { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
+    }
+
+    /// The lane.
+    pub fn lane(&self) -> &Lane {
+        &self.lane
+    }
+
+    /// The parameters' type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `name` with the prefix before it.
+    pub fn name(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    /// A parameter of normal deviates with standard deviation `std`; it decays.
+    ///
+    /// # Errors
+    /// If the device has no memory left.
+    pub fn normal(&self, name: &str, shape: impl Into<Shape>, std: f64, group: ReduceGroup) -> Result<Parameter> {
+        let name = self.name(name);
+        // FNV-1a of the name: a stable number per parameter.
+        let id = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let unit = self.lane.empty(shape, self.dtype.accumulate())?;
+        self.lane.normal(Counter { seed: self.seed, purpose: Purpose::Init, step: id }, 0, &unit)?;
+        let value = self.lane.empty(*unit.shape(), self.dtype)?;
+        self.lane.axpby(std, &unit, 0.0, &value)?;
+        Parameter::new(&self.lane, name, value, group, true)
+    }
+
+    /// A parameter with every element `value` that does not decay: gains, biases, scales.
+    ///
+    /// # Errors
+    /// If the device has no memory left.
+    pub fn constant(&self, name: &str, shape: impl Into<Shape>, value: f64) -> Result<Parameter> {
+        let value = self.lane.full(shape, self.dtype, value)?;
+        Parameter::new(&self.lane, self.name(name), value, ReduceGroup::Replicated, false)
+    }
+}

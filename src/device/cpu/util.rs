@@ -1,0 +1,186 @@
+//! What the CPU kernels share: element access in the accumulation type, dispatch on dtype, parallel rows, checks.
+
+use crate::error::{Result, shape_err};
+use crate::tensor::{DType, Element, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Arithmetic is done in these: f32 and f64.
+pub(super) trait Real: num_traits::Float + std::iter::Sum + std::ops::AddAssign + Num<Acc = Self> {
+    /// A constant.
+    fn of(v: f64) -> Self;
+    /// As f64.
+    fn f64(self) -> f64;
+    /// The error function.
+    fn erf(self) -> Self;
+}
+
+impl Real for f32 {
+    fn of(v: f64) -> f32 {
+        v as f32
+    }
+    fn f64(self) -> f64 {
+        f64::from(self)
+    }
+    fn erf(self) -> f32 {
+        libm::erff(self)
+    }
+}
+
+impl Real for f64 {
+    fn of(v: f64) -> f64 {
+        v
+    }
+    fn f64(self) -> f64 {
+        self
+    }
+    fn erf(self) -> f64 {
+        libm::erf(self)
+    }
+}
+
+/// Elements of float tensors: read to the accumulation type, rounded once when stored.
+pub(super) trait Num: Element {
+    /// f64 for f64, else f32.
+    type Acc: Real;
+    /// The value to compute with.
+    fn get(self) -> Self::Acc;
+    /// The value to store.
+    fn put(v: Self::Acc) -> Self;
+}
+
+macro_rules! num {
+    ($t:ty, $acc:ty, $x:ident, $get:expr, $put:expr) => {
+        impl Num for $t {
+            type Acc = $acc;
+            #[inline(always)]
+            fn get(self) -> $acc {
+                let $x = self;
+                $get
+            }
+            #[inline(always)]
+            fn put($x: $acc) -> Self {
+                $put
+            }
+        }
+    };
+}
+num!(f64, f64, x, x, x);
+num!(f32, f32, x, x, x);
+num!(bf16, f32, x, x.to_f32(), bf16::from_f32(x));
+num!(f16, f32, x, x.to_f32(), f16::from_f32(x));
+
+/// Runs `$body` with `$T` the Rust type of a float dtype; `$op` names the operation in the error for others.
+macro_rules! float_type {
+    ($op:literal, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            $crate::tensor::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::tensor::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::tensor::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            d @ $crate::tensor::DType::I32 => $crate::error::shape_err!("{}: a tensor of {d} where floats are expected", $op),
+        }
+    };
+}
+/// Runs `$body` with `$A` f32 or f64: for tensors whose contract says "acc".
+macro_rules! acc_type {
+    ($op:literal, $dtype:expr, $A:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::F64 => {
+                type $A = f64;
+                $body
+            }
+            $crate::tensor::DType::F32 => {
+                type $A = f32;
+                $body
+            }
+            d => $crate::error::shape_err!("{}: a tensor of {d} where f32 or f64 is expected", $op),
+        }
+    };
+}
+pub(super) use {acc_type, float_type};
+
+/// The elements of an input.
+pub(super) fn input<T: Element>(t: &Tensor) -> Result<&[T]> {
+    // SAFETY: a CPU lane runs one operation at a time and this one's outputs do not overlap its inputs.
+    unsafe { t.as_slice() }
+}
+
+/// The elements of an output.
+#[allow(clippy::mut_from_ref)] // A tensor is a handle; see Storage for who may touch its bytes when.
+pub(super) fn output<T: Element>(t: &Tensor) -> Result<&mut [T]> {
+    // SAFETY: as for `input`; operations that allow an output to be an input go through one slice only.
+    unsafe { t.as_mut_slice() }
+}
+
+/// Fails unless `t` has this shape and dtype.
+pub(super) fn expect(op: &str, what: &str, t: &Tensor, shape: &[usize], dtype: DType) -> Result<()> {
+    if t.shape().dims() != shape || t.dtype() != dtype {
+        shape_err!(
+            "{op}: {what} is {} {}, expected {dtype} {}",
+            t.dtype(),
+            t.shape(),
+            crate::tensor::Shape::new(shape)
+        );
+    }
+    Ok(())
+}
+
+/// Elements below which a loop stays on one thread: starting rayon costs some microseconds.
+const SERIAL: usize = 16 * 1024;
+
+/// `f(r, row)` for every row of `width` elements of `out`, in parallel where that pays.
+pub(super) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+    if width == 0 {
+        return;
+    }
+    if out.len() < SERIAL {
+        out.chunks_mut(width).enumerate().for_each(|(r, row)| f(r, row));
+    } else {
+        let rows = (SERIAL / 4).div_ceil(width).max(1);
+        out.par_chunks_mut(rows * width).enumerate().for_each(|(b, block)| {
+            block.chunks_mut(width).enumerate().for_each(|(i, row)| f(b * rows + i, row));
+        });
+    }
+}
+
+/// Rows summed as one block: the unit of every reduction over rows, whatever the thread count.
+pub(super) const BLOCK: usize = 64;
+
+/// A sum over `n` items in fixed blocks of [`BLOCK`]: `block(range, partial)` adds a range's part to a zeroed partial of
+/// `width`; the partials are added to `total` in ascending order.
+pub(super) fn sum_blocks<A: Real>(
+    n: usize,
+    width: usize,
+    total: &mut [A],
+    block: impl Fn(std::ops::Range<usize>, &mut [A]) + Sync + Send,
+) {
+    let one = |b: usize| {
+        let mut partial = vec![A::zero(); width];
+        block(b * BLOCK..((b + 1) * BLOCK).min(n), &mut partial);
+        partial
+    };
+    let blocks = n.div_ceil(BLOCK);
+    let partials: Vec<Vec<A>> = if n * width < SERIAL {
+        (0..blocks).map(one).collect()
+    } else {
+        (0..blocks).into_par_iter().map(one).collect()
+    };
+    for p in partials {
+        for (t, v) in total.iter_mut().zip(p) {
+            *t += v;
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Every primitive operation, as traits that a backend implements: one trait per family, [`Kernels`] for all of them.
+//!
+//! The CPU implementation ([`super::cpu`]) is the specification: plain code, checked in f64 against finite
+//! differences, that every other backend is compared with.
+//!
+//! Rules that hold unless an operation says otherwise:
+//! - An operation writes into tensors it is given, never allocates what it returns, and is issued on a lane: it may
+//!   return before it has run, and operations of one lane run in order.
+//! - Tensors are row-major and contiguous; an output shares no memory with an input or another output.
+//! - Every element of an output is written, whatever it held before. What is accumulated says `+=`.
+//! - "acc" is [`DType::accumulate`](crate::tensor::DType::accumulate) of the data's type: f64 for f64, else f32. 16-bit
+//!   data is read to f32, computed in f32, rounded once.
+//! - Sums run in a fixed order that depends on shapes alone: the same inputs give the same bits, on any thread count.
+//! - Shapes and dtypes are checked; an error names the operation, the shape and the rule.
+
+mod expert;
+mod gate;
+mod math;
+mod memory;
+mod model;
+mod optim;
+mod order;
+
+pub use expert::{ExpertKernels, Gelu};
+pub use gate::{ExpertGroups, GateKernels};
+pub use math::MathKernels;
+pub use memory::MemoryKernels;
+pub use model::{AttentionShape, ModelKernels, Rope};
+pub use optim::{AdamW, OptimKernels};
+pub use order::OrderKernels;
+
+/// All primitive operations of a backend.
+pub trait Kernels:
+    MemoryKernels + MathKernels + ExpertKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
+{
+}
+
+impl<K> Kernels for K where
+    K: MemoryKernels + MathKernels + ExpertKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
+{
+}

@@ -1,0 +1,148 @@
+//! Devices, the lanes that work is issued on, and the primitive operations.
+
+pub mod cpu;
+mod kernels;
+
+pub use kernels::*;
+
+use crate::error::Result;
+use crate::tensor::{DType, Place, Shape, Tensor};
+use std::ops::Deref;
+use std::sync::Arc;
+
+/// Which of a rank's three queues a lane is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LaneKind {
+    /// Gates, orders, expert GEMMs and everything that is not communication.
+    Compute,
+    /// Collectives among ranks of one node.
+    IntraNode,
+    /// Collectives that cross nodes.
+    InterNode,
+}
+
+/// A queue on a device: what is issued on it runs in order. It offers every primitive operation through [`Kernels`].
+///
+/// A CPU lane runs an operation before its call returns. Cloning gives another handle to the same queue.
+#[derive(Clone)]
+pub struct Lane {
+    kernels: Arc<dyn Kernels>,
+    kind: LaneKind,
+}
+
+impl Lane {
+    /// A lane over a backend's operations.
+    pub fn new(kernels: Arc<dyn Kernels>, kind: LaneKind) -> Self {
+        Lane { kernels, kind }
+    }
+
+    /// The compute lane of the host's processor.
+    pub fn cpu() -> Self {
+        Lane::new(Arc::new(cpu::Cpu), LaneKind::Compute)
+    }
+
+    /// Which queue this is.
+    pub fn kind(&self) -> LaneKind {
+        self.kind
+    }
+
+    /// A new tensor of unspecified content.
+    ///
+    /// # Errors
+    /// If the device has no memory left.
+    pub fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        self.kernels.alloc(shape.into(), dtype)
+    }
+
+    /// A new tensor of zeros.
+    ///
+    /// # Errors
+    /// As [`Lane::empty`].
+    pub fn zeros(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        self.full(shape, dtype, 0.0)
+    }
+
+    /// A new tensor, every element `value`.
+    ///
+    /// # Errors
+    /// As [`Lane::empty`].
+    pub fn full(&self, shape: impl Into<Shape>, dtype: DType, value: f64) -> Result<Tensor> {
+        let t = self.empty(shape, dtype)?;
+        self.kernels.fill(&t, value)?;
+        Ok(t)
+    }
+
+    /// A new tensor of `like`'s shape and dtype, row-major, of unspecified content.
+    ///
+    /// # Errors
+    /// As [`Lane::empty`].
+    pub fn empty_like(&self, like: &Tensor) -> Result<Tensor> {
+        self.empty(*like.shape(), like.dtype())
+    }
+
+    /// `t` itself if it is row-major, otherwise a row-major copy.
+    ///
+    /// # Errors
+    /// As [`Lane::empty`].
+    pub fn contiguous(&self, t: &Tensor) -> Result<Tensor> {
+        if t.is_contiguous() { Ok(t.clone()) } else { self.cast(t, t.dtype()) }
+    }
+
+    /// A row-major copy of `t` as `dtype`.
+    ///
+    /// # Errors
+    /// As [`Lane::empty`].
+    pub fn cast(&self, t: &Tensor, dtype: DType) -> Result<Tensor> {
+        let out = self.empty(*t.shape(), dtype)?;
+        self.kernels.copy(t, &out)?;
+        Ok(out)
+    }
+
+    /// A copy of a tensor of this device in host memory; waits for what has been issued on this lane.
+    ///
+    /// # Errors
+    /// If the copy fails.
+    pub fn to_host(&self, t: &Tensor) -> Result<Tensor> {
+        let t = self.contiguous(t)?;
+        let out = Tensor::host(*t.shape(), t.dtype());
+        self.kernels.download(&t, &out)?;
+        Ok(out)
+    }
+
+    /// A copy of a contiguous host tensor on this device.
+    ///
+    /// # Errors
+    /// If the device has no memory left, or the copy fails.
+    pub fn to_device(&self, host: &Tensor) -> Result<Tensor> {
+        let out = self.empty(*host.shape(), host.dtype())?;
+        self.kernels.upload(host, &out)?;
+        Ok(out)
+    }
+
+    /// The only element of a tensor of one float, as f64; waits for what has been issued on this lane.
+    ///
+    /// # Errors
+    /// If the tensor has another number of elements.
+    pub fn scalar(&self, t: &Tensor) -> Result<f64> {
+        if t.elements() != 1 {
+            crate::error::shape_err!("scalar() of a tensor of shape {}: it takes one element", t.shape());
+        }
+        let wide = self.cast(t, DType::F64)?;
+        Ok(self.to_host(&wide)?.to_vec::<f64>()?[0])
+    }
+}
+
+impl Deref for Lane {
+    type Target = dyn Kernels;
+    fn deref(&self) -> &Self::Target {
+        &*self.kernels
+    }
+}
+
+/// Where this lane's tensors lie, for messages.
+impl std::fmt::Debug for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let place: Place = self.kernels.place();
+        write!(f, "Lane({:?} on {place})", self.kind)
+    }
+}

@@ -1,0 +1,5 @@
+//! The layer.
+/// c
+pub struct MoeConfig;
+/// l
+pub struct MoeLayer;
