@@ -1,2 +1,2 @@
-//! The `fsmoe` command.
-fn main() {}
+//! x
+fn main(){}
