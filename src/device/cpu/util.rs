@@ -200,3 +200,16 @@ pub(super) fn sum_blocks<A: Real>(
         }
     }
 }
+
+/// `n` values in −1..1 for tests, the same for the same seed.
+#[cfg(test)]
+pub(super) fn random(seed: u64, n: usize) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
