@@ -138,6 +138,22 @@ pub(super) fn expect(op: &str, what: &str, t: &Tensor, shape: &[usize], dtype: D
     Ok(())
 }
 
+/// The two dimensions of a matrix.
+pub(super) fn matrix(op: &str, what: &str, t: &Tensor) -> Result<(usize, usize)> {
+    match *t.shape().dims() {
+        [rows, cols] => Ok((rows, cols)),
+        _ => shape_err!("{op}: {what} has shape {}, expected two dimensions", t.shape()),
+    }
+}
+
+/// Fails unless every entry lies in `range`.
+pub(super) fn in_range(op: &str, what: &str, entries: &[i32], range: std::ops::Range<i64>) -> Result<()> {
+    match entries.iter().position(|&i| !range.contains(&i64::from(i))) {
+        None => Ok(()),
+        Some(at) => shape_err!("{op}: {what}[{at}] is {}, outside {}..{}", entries[at], range.start, range.end),
+    }
+}
+
 /// Elements below which a loop stays on one thread: starting rayon costs some microseconds.
 const SERIAL: usize = 16 * 1024;
 
