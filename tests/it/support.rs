@@ -6,7 +6,7 @@ use fsmoe::device::Lane;
 use fsmoe::tensor::{DType, Shape, Tensor};
 
 /// Gradients agree when max|a − b| / max|b| is below this, per tensor.
-pub const TOLERANCE: f64 = 1e-6;
+pub(crate) const TOLERANCE: f64 = 1e-6;
 
 /// What differences give for a gradient that is zero, from rounding: no smaller error counts.
 const NOISE: f64 = 1e-11;
@@ -19,7 +19,7 @@ const PROBES: usize = 400;
 const STEP: f64 = 1e-4;
 
 /// `n` numbers, uniform in (−1, 1), the same for the same seed (SplitMix64: independent of the generator under test).
-pub fn uniform(seed: u64, n: usize) -> Vec<f64> {
+pub(crate) fn uniform(seed: u64, n: usize) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0xd134_2543_de82_ef95);
     let mut next = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -31,29 +31,34 @@ pub fn uniform(seed: u64, n: usize) -> Vec<f64> {
 }
 
 /// An f64 tensor of `shape`, elements uniform in (−1, 1).
-pub fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
+pub(crate) fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
     let shape = shape.into();
     Tensor::from_slice(&uniform(seed, shape.elements()), shape).unwrap()
 }
 
 /// A parameter with the value of `t`.
-pub fn parameter(name: &str, t: &Tensor) -> Parameter {
+pub(crate) fn parameter(name: &str, t: &Tensor) -> Parameter {
     Parameter::new(&Lane::cpu(), name, t.clone(), ReduceGroup::Replicated, true).unwrap()
 }
 
 /// An i32 tensor of one dimension.
-pub fn indices(values: &[i32]) -> Tensor {
+pub(crate) fn indices(values: &[i32]) -> Tensor {
     Tensor::from_slice(values, [values.len()]).unwrap()
 }
 
 /// The elements of an f64 tensor of any layout.
-pub fn values(t: &Tensor) -> Vec<f64> {
+pub(crate) fn values(t: &Tensor) -> Vec<f64> {
     Lane::cpu().to_host(t).unwrap().to_vec().unwrap()
 }
 
 /// Asserts that the gradients of Σ_o w_o·out_o, random w, with respect to all of `leaves` and `params`, are those that
 /// finite differences of `f` give: see [`worst_error`].
-pub fn check(name: &str, leaves: &[Tensor], params: &[Parameter], f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>>) {
+pub(crate) fn check(
+    name: &str,
+    leaves: &[Tensor],
+    params: &[Parameter],
+    f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>>,
+) {
     let (worst, which) = worst_error(leaves, params, f);
     println!("{name}: {worst:.1e}");
     assert!(worst < TOLERANCE, "{name}: the gradient of {which} is off by {worst:.2e} of its largest element");
@@ -65,7 +70,7 @@ pub fn check(name: &str, leaves: &[Tensor], params: &[Parameter], f: impl Fn(&Ta
 /// those named in `params` are compared as well. Leaves and parameters must be contiguous f64; they are perturbed in
 /// place and put back. Every backward runs twice, the second time from a gradient that is a strided view, and on
 /// parameter gradients that are not zero before, because they are to be added to.
-pub fn worst_error(
+pub(crate) fn worst_error(
     leaves: &[Tensor],
     params: &[Parameter],
     f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>>,
@@ -159,6 +164,6 @@ fn difference(t: &Tensor, e: usize, weights: &[f64], forward: impl Fn() -> Vec<f
 }
 
 /// The bits of an f32 or f64 tensor, for comparisons that allow no difference.
-pub fn bits(t: &Tensor) -> Vec<u64> {
+pub(crate) fn bits(t: &Tensor) -> Vec<u64> {
     values(&Lane::cpu().cast(t, DType::F64).unwrap()).iter().map(|v| v.to_bits()).collect()
 }
