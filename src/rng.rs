@@ -105,7 +105,10 @@ mod tests {
         let mean = (0..n).map(|i| c.normal(i)).sum::<f64>() / n as f64;
         let var = (0..n).map(|i| c.normal(i).powi(2)).sum::<f64>() / n as f64;
         let uniform = (0..n).map(|i| c.uniform(i)).sum::<f64>() / n as f64;
-        assert!(mean.abs() < 0.03 && (var - 1.0).abs() < 0.04 && (uniform - 0.5).abs() < 0.01, "{mean} {var} {uniform}");
+        assert!(
+            mean.abs() < 0.03 && (var - 1.0).abs() < 0.04 && (uniform - 0.5).abs() < 0.01,
+            "{mean} {var} {uniform}"
+        );
         assert!((0..1000).all(|i| c.below(i, 10) < 10));
         for other in [Counter { step: 4, ..c }, Counter { seed: 8, ..c }, Counter { purpose: Purpose::Init, ..c }] {
             assert!((0..64).all(|i| other.u64(i) != c.u64(i)));

@@ -29,9 +29,9 @@ pub type Saved = Box<dyn Any + Send + Sync>;
 /// # Errors
 /// If it saved something else: a backward was given another module's state.
 pub fn saved<T: 'static>(saved: &Saved) -> Result<&T> {
-    saved.downcast_ref::<T>().ok_or_else(|| {
-        Error::Config(format!("a backward needs the {} of its own forward", std::any::type_name::<T>()))
-    })
+    saved
+        .downcast_ref::<T>()
+        .ok_or_else(|| Error::Config(format!("a backward needs the {} of its own forward", std::any::type_name::<T>())))
 }
 
 /// What every module of a step may depend on besides its input.

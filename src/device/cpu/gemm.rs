@@ -122,7 +122,15 @@ fn widened(t: &Tensor) -> Result<Tensor> {
 
 fn check(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Sizes> {
     let wrong = |why: &str| -> Result<Sizes> {
-        shape_err!("gemm: {} {} by {} {} into {} {}: {why}", a.dtype(), a.shape(), b.dtype(), b.shape(), c.dtype(), c.shape())
+        shape_err!(
+            "gemm: {} {} by {} {} into {} {}: {why}",
+            a.dtype(),
+            a.shape(),
+            b.dtype(),
+            b.shape(),
+            c.dtype(),
+            c.shape()
+        )
     };
     if a.rank() < 2 || b.rank() < 2 || c.rank() < 2 {
         return wrong("each needs two dimensions or more");
@@ -136,7 +144,10 @@ fn check(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Sizes> {
     if [a, b].iter().any(|t| t.rank() > 2 && lead(t) != lead(c)) {
         return wrong("leading dimensions are the result's, or absent");
     }
-    if a.dtype() != b.dtype() || !a.dtype().is_float() || (c.dtype() != a.dtype() && c.dtype() != a.dtype().accumulate()) {
+    if a.dtype() != b.dtype()
+        || !a.dtype().is_float()
+        || (c.dtype() != a.dtype() && c.dtype() != a.dtype().accumulate())
+    {
         return wrong("operands share a float type; the result has it, or the type it accumulates in");
     }
     if c.overlaps(a) || c.overlaps(b) {
@@ -145,7 +156,14 @@ fn check(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Sizes> {
     Ok(Sizes { m, k, n })
 }
 
-fn run<T: 'static + num_traits::Float + Send + Sync>(sizes: Sizes, alpha: T, a: &Tensor, b: &Tensor, beta: T, c: &Tensor) {
+fn run<T: 'static + num_traits::Float + Send + Sync>(
+    sizes: Sizes,
+    alpha: T,
+    a: &Tensor,
+    b: &Tensor,
+    beta: T,
+    c: &Tensor,
+) {
     if c.elements() == 0 {
         return;
     }
@@ -253,7 +271,8 @@ mod tests {
         Cpu.fill(&c, 5.0).unwrap();
         Cpu.gemm(1.0, &Tensor::host([2, 0], DType::F32), &Tensor::host([0, 3], DType::F32), 0.0, &c).unwrap();
         assert_eq!(c.to_vec::<f32>().unwrap(), [0.0; 6]);
-        let e = Cpu.gemm(1.0, &Tensor::host([2, 4], DType::F32), &Tensor::host([5, 3], DType::F32), 0.0, &c).unwrap_err();
+        let e =
+            Cpu.gemm(1.0, &Tensor::host([2, 4], DType::F32), &Tensor::host([5, 3], DType::F32), 0.0, &c).unwrap_err();
         assert!(e.to_string().contains("(2, 4)") && e.to_string().contains("(5, 3)"), "{e}");
     }
 

@@ -228,14 +228,20 @@ pub(super) fn same(op: &str, first: &Tensor, others: &[&Tensor]) -> Result<()> {
 }
 
 fn check_binary(op: &str, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
-    if !a.shape().ends_with(b.shape()) || a.shape() != out.shape() || a.dtype() != b.dtype() || a.dtype() != out.dtype() {
+    if !a.shape().ends_with(b.shape()) || a.shape() != out.shape() || a.dtype() != b.dtype() || a.dtype() != out.dtype()
+    {
         shape_err!("{op}: {a:?} and {b:?} into {out:?}: the second has the first's shape or its last dimensions");
     }
     Ok(())
 }
 
 /// `out[i] = f(a[i], b[i mod |b|])`, out possibly a itself.
-fn binary<T: Num>(a: &Tensor, b: &Tensor, out: &Tensor, f: impl Fn(T::Acc, T::Acc) -> T::Acc + Sync + Send) -> Result<()> {
+fn binary<T: Num>(
+    a: &Tensor,
+    b: &Tensor,
+    out: &Tensor,
+    f: impl Fn(T::Acc, T::Acc) -> T::Acc + Sync + Send,
+) -> Result<()> {
     let (in_place, width) = (a.ptr() == out.ptr(), b.elements());
     let b = input::<T>(b)?;
     let out = output::<T>(out)?;

@@ -183,7 +183,15 @@ impl ModelKernels for Cpu {
         Ok(())
     }
 
-    fn attention(&self, shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, out: &Tensor, lse: &Tensor) -> Result<()> {
+    fn attention(
+        &self,
+        shape: AttentionShape,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+    ) -> Result<()> {
         attention::forward(shape, q, k, v, out, lse)
     }
 

@@ -72,7 +72,8 @@ mod tests {
         let (w, m, v) = (t(&[1.0, -2.0]), t(&[0.0, 0.1]), t(&[0.0, 0.04]));
         let s = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.5, step: 3 };
         Cpu.adamw(s, &t(&[0.5]), &w, &m, &v, &t(&[2.0, -4.0])).unwrap();
-        for (i, (w0, m0, v0, g)) in [(1.0, 0.0, 0.0, 1.0), (-2.0f64, 0.1f64, 0.04f64, -2.0f64)].into_iter().enumerate() {
+        for (i, (w0, m0, v0, g)) in [(1.0, 0.0, 0.0, 1.0), (-2.0f64, 0.1f64, 0.04f64, -2.0f64)].into_iter().enumerate()
+        {
             let (m1, v1) = (0.9 * m0 + 0.1 * g, 0.99 * v0 + 0.01 * g * g);
             let (mh, vh) = (m1 / (1.0 - 0.9f64.powi(3)), v1 / (1.0 - 0.99f64.powi(3)));
             let want = w0 - 0.1 * 0.5 * w0 - 0.1 * mh / (vh.sqrt() + 1e-8);
@@ -86,7 +87,9 @@ mod tests {
     fn clipping() {
         let scalar = || Tensor::host([1], DType::F64);
         let (sum, norm, scale) = (scalar(), scalar(), scalar());
-        for (s, pre, max, want) in [(16.0, 0.5, 1.0, (2.0, 0.25)), (16.0, 0.5, 3.0, (2.0, 0.5)), (f64::NAN, 1.0, 1.0, (f64::NAN, 0.0))] {
+        for (s, pre, max, want) in
+            [(16.0, 0.5, 1.0, (2.0, 0.25)), (16.0, 0.5, 3.0, (2.0, 0.5)), (f64::NAN, 1.0, 1.0, (f64::NAN, 0.0))]
+        {
             Cpu.fill(&sum, s).unwrap();
             Cpu.clip_scale(&sum, pre, max, &norm, &scale).unwrap();
             let got = (norm.to_vec::<f64>().unwrap()[0], scale.to_vec::<f64>().unwrap()[0]);
