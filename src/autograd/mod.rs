@@ -5,4 +5,4 @@ mod param;
 mod tape;
 
 pub use param::{Init, Parameter, ReduceGroup};
-pub use tape::{Grads, Tape, Var};
+pub use tape::{Grads, InputGrads, Tape, Var};

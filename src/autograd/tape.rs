@@ -3,7 +3,7 @@
 use super::Parameter;
 use crate::device::Lane;
 use crate::error::{Result, shape_err};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Shape, Tensor};
 use std::cell::RefCell;
 use std::collections::HashMap;
 
@@ -11,8 +11,17 @@ use std::collections::HashMap;
 #[derive(Clone, Debug)]
 pub struct Var {
     value: Tensor,
-    id: Option<usize>,
-    param: Option<Parameter>,
+    dest: Dest,
+}
+
+/// Where a value's gradient goes.
+#[derive(Clone, Debug)]
+enum Dest {
+    Nowhere,
+    /// The tape, under this number.
+    Tape(usize),
+    /// The parameter's own gradient.
+    Param(Parameter),
 }
 
 impl Var {
@@ -23,14 +32,88 @@ impl Var {
 
     /// Whether a gradient flows to it.
     pub fn needs_grad(&self) -> bool {
-        self.id.is_some() || self.param.is_some()
+        !matches!(self.dest, Dest::Nowhere)
     }
 
     /// The parameter this is, if it is one: an operation may add to its gradient itself and return none for it.
     pub fn param(&self) -> Option<&Parameter> {
-        self.param.as_ref()
+        match &self.dest {
+            Dest::Param(p) => Some(p),
+            _ => None,
+        }
+    }
+
+    fn id(&self) -> Option<usize> {
+        match self.dest {
+            Dest::Tape(id) => Some(id),
+            _ => None,
+        }
+    }
+
+    /// Where its gradient goes, for a backward that does not read the value and so must not keep it alive.
+    pub(super) fn sink(&self) -> Sink {
+        Sink { dest: self.dest.clone(), shape: *self.value.shape(), dtype: self.value.dtype() }
     }
 }
+
+/// Where the gradient of an operation's input goes, and its shape and dtype.
+pub(super) struct Sink {
+    dest: Dest,
+    shape: Shape,
+    dtype: DType,
+}
+
+impl Sink {
+    /// Whether a gradient is wanted at all.
+    pub(super) fn needed(&self) -> bool {
+        !matches!(self.dest, Dest::Nowhere)
+    }
+
+    /// The input's shape, and its gradient's.
+    pub(super) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The input's type, and its gradient's.
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// A row-major tensor for a kernel to write the gradient to.
+    pub(super) fn empty(&self, lane: &Lane) -> Result<Tensor> {
+        lane.empty(self.shape, self.dtype)
+    }
+
+    /// A row-major tensor for a kernel to add the gradient to: a parameter's own gradient, otherwise zeros. A backward
+    /// returns [`Sink::accumulated`] of it.
+    pub(super) fn accumulator(&self, lane: &Lane) -> Result<Tensor> {
+        match &self.dest {
+            Dest::Param(p) => Ok(p.grad().clone()),
+            _ => lane.zeros(self.shape, self.dtype),
+        }
+    }
+
+    /// What a backward returns after it has added to [`Sink::accumulator`]: nothing where that was a parameter's.
+    pub(super) fn accumulated(&self, grad: Tensor) -> Option<Tensor> {
+        matches!(self.dest, Dest::Tape(_)).then_some(grad)
+    }
+
+    /// The gradient `a·b` of a matrix operand, added by the product itself where it is a parameter's. Rank-2 `a` and
+    /// `b` give the gradient's rows, whatever its rank.
+    pub(super) fn product(&self, lane: &Lane, a: &Tensor, b: &Tensor) -> InputGrad {
+        let (out, beta) = match &self.dest {
+            Dest::Nowhere => return Ok(None),
+            Dest::Tape(_) => (self.empty(lane)?, 0.0),
+            Dest::Param(p) => (p.grad().clone(), 1.0),
+        };
+        let c = if a.rank() == 2 && b.rank() == 2 { out.reshape([a.dim(0), b.dim(1)])? } else { out.clone() };
+        lane.gemm(1.0, a, b, beta, &c)?;
+        Ok(self.accumulated(out))
+    }
+}
+
+/// The gradient of one input, none where none flows or where it was added in place.
+pub(super) type InputGrad = Result<Option<Tensor>>;
 
 /// What a node's backward gives: a gradient per input, none where none flows or where it was added in place.
 pub type InputGrads = Result<Vec<Option<Tensor>>>;
@@ -38,7 +121,7 @@ pub type InputGrads = Result<Vec<Option<Tensor>>>;
 type Backward = Box<dyn FnOnce(&Lane, &[Option<Tensor>]) -> InputGrads>;
 
 struct Node {
-    inputs: Vec<Var>,
+    inputs: Vec<Sink>,
     outputs: Vec<usize>,
     backward: Backward,
 }
@@ -79,18 +162,19 @@ impl Tape {
 
     /// A value no gradient flows to.
     pub fn constant(&self, value: Tensor) -> Var {
-        Var { value, id: None, param: None }
+        Var { value, dest: Dest::Nowhere }
     }
 
     /// A value whose gradient can be asked for after [`Tape::backward`].
     pub fn leaf(&self, value: Tensor) -> Var {
-        let id = self.recording.then(|| self.new_id());
-        Var { value, id, param: None }
+        let dest = if self.recording { Dest::Tape(self.new_id()) } else { Dest::Nowhere };
+        Var { value, dest }
     }
 
     /// A parameter; its gradient is added to [`Parameter::grad`].
     pub fn param(&self, p: &Parameter) -> Var {
-        Var { value: p.value().clone(), id: None, param: self.recording.then(|| p.clone()) }
+        let dest = if self.recording { Dest::Param(p.clone()) } else { Dest::Nowhere };
+        Var { value: p.value().clone(), dest }
     }
 
     fn new_id(&self) -> usize {
@@ -100,9 +184,10 @@ impl Tape {
     }
 
     /// Records an operation that has run: from `inputs` to `outputs`, with the backward that turns the outputs'
-    /// gradients (none for an output nothing depended on; never all none) into the inputs'.
+    /// gradients (none for an output nothing depended on; never all none) into the inputs'. A gradient has its value's
+    /// shape and dtype, but any layout; it may be shared, so a backward never writes into one it was given.
     ///
-    /// The backward keeps what it captures alive until it has run.
+    /// The backward keeps what it captures alive until it has run; the tape itself keeps no values.
     pub fn record(
         &self,
         inputs: &[&Var],
@@ -114,8 +199,8 @@ impl Tape {
         }
         let vars: Vec<Var> = outputs.into_iter().map(|t| self.leaf(t)).collect();
         self.state.borrow_mut().nodes.push(Node {
-            inputs: inputs.iter().map(|v| Var { value: v.value.clone(), id: v.id, param: v.param.clone() }).collect(),
-            outputs: vars.iter().filter_map(|v| v.id).collect(),
+            inputs: inputs.iter().map(|v| v.sink()).collect(),
+            outputs: vars.iter().filter_map(Var::id).collect(),
             backward: Box::new(backward),
         });
         vars
@@ -140,15 +225,12 @@ impl Tape {
     /// Runs the recorded backwards in reverse from `roots`, each with its gradient, and clears the tape.
     ///
     /// # Errors
-    /// If a root's gradient has another shape than its value, or an operation fails.
+    /// If a gradient has another shape or dtype than its value, or an operation fails.
     pub fn backward(&self, roots: &[(&Var, Tensor)]) -> Result<Grads> {
         let nodes = std::mem::take(&mut self.state.borrow_mut().nodes);
         let mut grads = Grads { by_id: HashMap::new() };
         for (var, grad) in roots {
-            if grad.shape() != var.value.shape() {
-                shape_err!("a gradient of shape {} for a value of shape {}", grad.shape(), var.value.shape());
-            }
-            grads.add(&self.lane, var, grad.clone())?;
+            grads.add(&self.lane, &var.sink(), grad.clone())?;
         }
         for node in nodes.into_iter().rev() {
             let outputs: Vec<Option<Tensor>> = node.outputs.iter().map(|id| grads.take(*id)).collect();
@@ -156,9 +238,12 @@ impl Tape {
                 continue;
             }
             let inputs = (node.backward)(&self.lane, &outputs)?;
-            for (var, grad) in node.inputs.iter().zip(inputs) {
+            if inputs.len() != node.inputs.len() {
+                shape_err!("a backward gave {} gradients for {} inputs: one each", inputs.len(), node.inputs.len());
+            }
+            for (sink, grad) in node.inputs.iter().zip(inputs) {
                 if let Some(grad) = grad {
-                    grads.add(&self.lane, var, grad)?;
+                    grads.add(&self.lane, sink, grad)?;
                 }
             }
         }
@@ -180,23 +265,28 @@ struct Held {
 impl Grads {
     /// The gradient that reached `var`, if one did. Parameters' gradients are in [`Parameter::grad`].
     pub fn get(&self, var: &Var) -> Option<&Tensor> {
-        self.by_id.get(&var.id?).map(|h| &h.grad)
+        self.by_id.get(&var.id()?).map(|h| &h.grad)
     }
 
     fn take(&mut self, id: usize) -> Option<Tensor> {
         self.by_id.remove(&id).map(|h| h.grad)
     }
 
-    fn add(&mut self, lane: &Lane, var: &Var, grad: Tensor) -> Result<()> {
-        if let Some(p) = &var.param {
-            return lane.axpby(1.0, &grad, 1.0, p.grad());
+    fn add(&mut self, lane: &Lane, sink: &Sink, grad: Tensor) -> Result<()> {
+        if grad.shape() != &sink.shape || grad.dtype() != sink.dtype {
+            let (shape, dtype) = (sink.shape, sink.dtype);
+            shape_err!("a gradient {grad:?} for a value {dtype} {shape}: both have one shape and dtype");
         }
-        let Some(id) = var.id else { return Ok(()) };
+        let id = match &sink.dest {
+            Dest::Nowhere => return Ok(()),
+            Dest::Param(p) => return lane.axpby(1.0, &lane.contiguous(&grad)?, 1.0, p.grad()),
+            Dest::Tape(id) => *id,
+        };
         match self.by_id.get_mut(&id) {
             None => {
                 self.by_id.insert(id, Held { grad, owned: false });
             }
-            Some(held) if held.owned => lane.axpby(1.0, &grad, 1.0, &held.grad)?,
+            Some(held) if held.owned => lane.axpby(1.0, &lane.contiguous(&grad)?, 1.0, &held.grad)?,
             Some(held) => {
                 let sum = lane.empty_like(&grad)?;
                 lane.add(&lane.contiguous(&held.grad)?, &lane.contiguous(&grad)?, &sum)?;

@@ -1,1 +1,6 @@
 //! Integration tests.
+
+#![allow(clippy::unwrap_used)] // A test that cannot go on fails.
+
+mod gradients;
+mod support;
