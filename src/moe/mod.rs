@@ -4,6 +4,8 @@
 //! work on tensors, on a lane; parameters' gradients are added to in place. What a forward keeps for its backward it
 //! returns as [`Saved`].
 
+mod named;
+
 pub mod expert;
 pub mod gate;
 mod hooks;
@@ -12,7 +14,7 @@ pub mod order;
 mod routing;
 
 pub use hooks::{Hook, Hooks};
-pub use layer::{MoeConfig, MoeLayer};
+pub use layer::{MoeConfig, MoeLayer, MoeOutput};
 pub use routing::{Assignment, Capacity, Routing, RoutingGrad, RoutingStats};
 
 use crate::autograd::Parameter;

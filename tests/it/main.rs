@@ -4,4 +4,5 @@
 
 mod gradients;
 mod properties;
+mod moe;
 mod support;
