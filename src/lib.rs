@@ -1,1 +1,3 @@
 //! fsmoe: an engine that trains sparse Mixture-of-Experts models.
+
+pub mod device;

@@ -1,0 +1,3 @@
+//! Devices: where tensors live and operations run.
+
+pub mod cuda;
