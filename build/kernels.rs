@@ -81,7 +81,7 @@ impl Nvcc {
         let version = text
             .split_whitespace()
             .find_map(|word| word.strip_prefix('V').filter(|v| v.starts_with(|c: char| c.is_ascii_digit())))
-            .ok_or_else(|| format!("its --version names no version: {:?}", text.trim()))?;
+            .ok_or_else(|| format!("its --version names no version: {:?}", text.lines().next().unwrap_or("")))?;
         let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok()).unwrap_or(0);
         if major < 12 {
             return Err(format!("it is version {version}, and sm_90a needs 12.0 or newer"));
