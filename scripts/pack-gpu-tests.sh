@@ -37,7 +37,7 @@ for name in it fsmoe; do
 done
 
 # On a GPU host a binary without kernels would fail for want of them, far from the cause.
-fatbin=$(find target/release/build -path '*/fsmoe-*/out/kernels.fatbin' -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
+fatbin=$(find "${CARGO_TARGET_DIR:-target}/release/build" -path '*/fsmoe-*/out/kernels.fatbin' -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
 [[ -s $fatbin ]] || {
   echo "pack-gpu-tests: the build embedded no CUDA kernels; run scripts/install-cuda.sh first" >&2
   exit 1
