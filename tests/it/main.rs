@@ -6,3 +6,4 @@ mod gradients;
 mod properties;
 mod moe;
 mod support;
+mod cuda;
