@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // A test that cannot go on fails.
 
-mod gradients;
-mod properties;
-mod moe;
-mod support;
 mod cuda;
+mod gradients;
+mod moe;
+mod properties;
+mod support;
