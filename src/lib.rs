@@ -4,6 +4,7 @@ pub mod autograd;
 pub mod device;
 mod error;
 pub mod moe;
+mod named;
 pub mod rng;
 pub mod tensor;
 
