@@ -4,6 +4,8 @@
 //! work on tensors, on a lane; parameters' gradients are added to in place. What a forward keeps for its backward it
 //! returns as [`Saved`].
 
+mod named;
+
 pub mod expert;
 pub mod gate;
 mod hooks;
@@ -12,7 +14,7 @@ pub mod order;
 mod routing;
 
 pub use hooks::{Hook, Hooks};
-pub use layer::{MoeConfig, MoeLayer};
+pub use layer::{MoeConfig, MoeLayer, MoeOutput};
 pub use routing::{Assignment, Capacity, Routing, RoutingGrad, RoutingStats};
 
 use crate::autograd::Parameter;
@@ -29,9 +31,9 @@ pub type Saved = Box<dyn Any + Send + Sync>;
 /// # Errors
 /// If it saved something else: a backward was given another module's state.
 pub fn saved<T: 'static>(saved: &Saved) -> Result<&T> {
-    saved.downcast_ref::<T>().ok_or_else(|| {
-        Error::Config(format!("a backward needs the {} of its own forward", std::any::type_name::<T>()))
-    })
+    saved
+        .downcast_ref::<T>()
+        .ok_or_else(|| Error::Config(format!("a backward needs the {} of its own forward", std::any::type_name::<T>())))
 }
 
 /// What every module of a step may depend on besides its input.

@@ -3,11 +3,13 @@
 use crate::device::Lane;
 use crate::error::{Result, config_err};
 use crate::tensor::Tensor;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 /// How many rows an expert takes from one routing group.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Capacity {
     /// C = ceil(f·k·T/E), T the group's tokens; what exceeds it is dropped.
     Factor(f64),
@@ -37,6 +39,19 @@ impl FromStr for Capacity {
             Ok(f) if f.is_finite() && f > 0.0 => Ok(Capacity::Factor(f)),
             _ => config_err!("capacity factor {s:?}: it is a number above 0, or * to drop nothing"),
         }
+    }
+}
+
+impl TryFrom<String> for Capacity {
+    type Error = crate::Error;
+    fn try_from(s: String) -> Result<Self> {
+        s.parse()
+    }
+}
+
+impl From<Capacity> for String {
+    fn from(capacity: Capacity) -> String {
+        capacity.to_string()
     }
 }
 

@@ -15,7 +15,9 @@ impl ModelKernels for Cpu {
         y: &Tensor,
         mean: &Tensor,
         rstd: &Tensor,
-    ) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        todo!()
+    }
     fn layer_norm_backward(
         &self,
         x: &Tensor,
@@ -26,8 +28,12 @@ impl ModelKernels for Cpu {
         dx: &Tensor,
         d_gain: &Tensor,
         d_bias: &Tensor,
-    ) -> Result<()> { todo!() }
-    fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        todo!()
+    }
+    fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> {
+        todo!()
+    }
     fn rms_norm_backward(
         &self,
         x: &Tensor,
@@ -36,8 +42,12 @@ impl ModelKernels for Cpu {
         dy: &Tensor,
         dx: &Tensor,
         d_gain: &Tensor,
-    ) -> Result<()> { todo!() }
-    fn rope(&self, x: &Tensor, rope: Rope, inverse: bool, y: &Tensor) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        todo!()
+    }
+    fn rope(&self, x: &Tensor, rope: Rope, inverse: bool, y: &Tensor) -> Result<()> {
+        todo!()
+    }
     fn attention(
         &self,
         shape: AttentionShape,
@@ -46,7 +56,9 @@ impl ModelKernels for Cpu {
         v: &Tensor,
         out: &Tensor,
         lse: &Tensor,
-    ) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        todo!()
+    }
     fn attention_backward(
         &self,
         shape: AttentionShape,
@@ -59,8 +71,12 @@ impl ModelKernels for Cpu {
         dq: &Tensor,
         dk: &Tensor,
         dv: &Tensor,
-    ) -> Result<()> { todo!() }
-    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, loss: &Tensor, lse: &Tensor) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        todo!()
+    }
+    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, loss: &Tensor, lse: &Tensor) -> Result<()> {
+        todo!()
+    }
     fn cross_entropy_backward(
         &self,
         logits: &Tensor,
@@ -68,5 +84,7 @@ impl ModelKernels for Cpu {
         lse: &Tensor,
         d_loss: &Tensor,
         d_logits: &Tensor,
-    ) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        todo!()
+    }
 }

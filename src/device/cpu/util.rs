@@ -90,7 +90,9 @@ macro_rules! float_type {
                 type $T = half::f16;
                 $body
             }
-            d @ $crate::tensor::DType::I32 => $crate::error::shape_err!("{}: a tensor of {d} where floats are expected", $op),
+            d @ $crate::tensor::DType::I32 => {
+                $crate::error::shape_err!("{}: a tensor of {d} where floats are expected", $op)
+            }
         }
     };
 }

@@ -4,7 +4,8 @@ use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// Which form of GELU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Gelu {
     /// x·Φ(x) with the error function (Hendrycks and Gimpel 2016).
     Erf,

@@ -8,7 +8,7 @@ use crate::tensor::Tensor;
 
 /// DeepSeek-V3's node-limited selection: the E experts form `groups` equal groups; a token takes experts only from its
 /// `kept` best groups, a group's rank being the sum of its two best biased scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ExpertGroups {
     /// The number of groups; divides E.
     pub groups: usize,
@@ -20,7 +20,13 @@ pub struct ExpertGroups {
 pub trait GateKernels: Send + Sync {
     /// `experts[t]` = the k experts with the largest `scores[t,e] + bias[e]`, descending, ties to the lowest index, inside
     /// the kept groups. scores: (T, E) acc; bias: (E) acc; experts: (T, k) i32.
-    fn top_k(&self, scores: &Tensor, bias: Option<&Tensor>, groups: Option<ExpertGroups>, experts: &Tensor) -> Result<()>;
+    fn top_k(
+        &self,
+        scores: &Tensor,
+        bias: Option<&Tensor>,
+        groups: Option<ExpertGroups>,
+        experts: &Tensor,
+    ) -> Result<()>;
 
     /// `out[t,j] = x[t, index[t,j]]`, 0 where the index is −1. x: (T, N), index: (T, k) i32, out: (T, k) of x's type.
     fn gather_cols(&self, x: &Tensor, index: &Tensor, out: &Tensor) -> Result<()>;
@@ -49,7 +55,14 @@ pub trait GateKernels: Send + Sync {
     /// Expert choice: in every group, each expert's `capacity` tokens with the largest probability, descending.
     /// probs: (T, E) acc; tokens: (E, G·capacity) i32, token numbers in 0..T; weights: (E, G·capacity) acc, the
     /// probabilities. Needs capacity ≤ T/G.
-    fn expert_choice(&self, probs: &Tensor, groups: usize, capacity: usize, tokens: &Tensor, weights: &Tensor) -> Result<()>;
+    fn expert_choice(
+        &self,
+        probs: &Tensor,
+        groups: usize,
+        capacity: usize,
+        tokens: &Tensor,
+        weights: &Tensor,
+    ) -> Result<()>;
 
     /// `d_probs[tokens[e,s], e] += d_weights[e,s]`.
     fn expert_choice_backward(&self, tokens: &Tensor, d_weights: &Tensor, d_probs: &Tensor) -> Result<()>;
