@@ -3,6 +3,7 @@
 pub mod autograd;
 pub mod device;
 mod error;
+pub mod model;
 pub mod moe;
 pub mod rng;
 pub mod tensor;

@@ -1,0 +1,14 @@
+//! Transformers with MoE layers: GPT-2's kind and Mixtral's, their presets, checkpoints and sampling.
+
+mod attention;
+mod block;
+mod config;
+mod ffn;
+mod norm;
+mod presets;
+mod transformer;
+
+pub use block::{Block, BlockOutput};
+pub use config::{Arch, ModelConfig};
+pub use presets::{PRESETS, preset};
+pub use transformer::{ModelOutput, Transformer};
