@@ -141,7 +141,7 @@ impl MoeConfig {
                 );
             }
         }
-        if gate == GateKind::Soft && self.order != OrderKind::Gshard {
+        if gate == GateKind::Soft && self.order != OrderKind::GShard {
             config_err!("order {} with the soft gate: its dense routing takes only the gshard order", self.order);
         }
         if self.gate_noise && gate != GateKind::TopK {

@@ -15,9 +15,7 @@ impl ModelKernels for Cpu {
         y: &Tensor,
         mean: &Tensor,
         rstd: &Tensor,
-    ) -> Result<()> {
-        todo!()
-    }
+    ) -> Result<()> { todo!() }
     fn layer_norm_backward(
         &self,
         x: &Tensor,
@@ -28,12 +26,8 @@ impl ModelKernels for Cpu {
         dx: &Tensor,
         d_gain: &Tensor,
         d_bias: &Tensor,
-    ) -> Result<()> {
-        todo!()
-    }
-    fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> {
-        todo!()
-    }
+    ) -> Result<()> { todo!() }
+    fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> { todo!() }
     fn rms_norm_backward(
         &self,
         x: &Tensor,
@@ -42,12 +36,8 @@ impl ModelKernels for Cpu {
         dy: &Tensor,
         dx: &Tensor,
         d_gain: &Tensor,
-    ) -> Result<()> {
-        todo!()
-    }
-    fn rope(&self, x: &Tensor, rope: Rope, inverse: bool, y: &Tensor) -> Result<()> {
-        todo!()
-    }
+    ) -> Result<()> { todo!() }
+    fn rope(&self, x: &Tensor, rope: Rope, inverse: bool, y: &Tensor) -> Result<()> { todo!() }
     fn attention(
         &self,
         shape: AttentionShape,
@@ -56,9 +46,7 @@ impl ModelKernels for Cpu {
         v: &Tensor,
         out: &Tensor,
         lse: &Tensor,
-    ) -> Result<()> {
-        todo!()
-    }
+    ) -> Result<()> { todo!() }
     fn attention_backward(
         &self,
         shape: AttentionShape,
@@ -71,12 +59,8 @@ impl ModelKernels for Cpu {
         dq: &Tensor,
         dk: &Tensor,
         dv: &Tensor,
-    ) -> Result<()> {
-        todo!()
-    }
-    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, loss: &Tensor, lse: &Tensor) -> Result<()> {
-        todo!()
-    }
+    ) -> Result<()> { todo!() }
+    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, loss: &Tensor, lse: &Tensor) -> Result<()> { todo!() }
     fn cross_entropy_backward(
         &self,
         logits: &Tensor,
@@ -84,7 +68,5 @@ impl ModelKernels for Cpu {
         lse: &Tensor,
         d_loss: &Tensor,
         d_logits: &Tensor,
-    ) -> Result<()> {
-        todo!()
-    }
+    ) -> Result<()> { todo!() }
 }

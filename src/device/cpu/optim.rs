@@ -14,10 +14,6 @@ impl OptimKernels for Cpu {
         m: &Tensor,
         v: &Tensor,
         grad: &Tensor,
-    ) -> Result<()> {
-        todo!()
-    }
-    fn clip_scale(&self, sum: &Tensor, pre_scale: f64, max_norm: f64, norm: &Tensor, scale: &Tensor) -> Result<()> {
-        todo!()
-    }
+    ) -> Result<()> { todo!() }
+    fn clip_scale(&self, sum: &Tensor, pre_scale: f64, max_norm: f64, norm: &Tensor, scale: &Tensor) -> Result<()> { todo!() }
 }

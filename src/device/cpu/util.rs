@@ -90,9 +90,7 @@ macro_rules! float_type {
                 type $T = half::f16;
                 $body
             }
-            d @ $crate::tensor::DType::I32 => {
-                $crate::error::shape_err!("{}: a tensor of {d} where floats are expected", $op)
-            }
+            d @ $crate::tensor::DType::I32 => $crate::error::shape_err!("{}: a tensor of {d} where floats are expected", $op),
         }
     };
 }
@@ -201,4 +199,17 @@ pub(super) fn sum_blocks<A: Real>(
             *t += v;
         }
     }
+}
+
+/// `n` values in −1..1 for tests, the same for the same seed.
+#[cfg(test)]
+pub(super) fn random(seed: u64, n: usize) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
 }

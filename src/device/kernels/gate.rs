@@ -100,4 +100,10 @@ pub trait GateKernels: Send + Sync {
     /// DeepSeek-V3's bias update: `bias[e] += gamma·sign(mean load − load[e])`, load summed over groups. bias: (E) acc,
     /// loads: (G, E) i32.
     fn update_bias(&self, bias: &Tensor, loads: &Tensor, gamma: f64) -> Result<()>;
+
+    /// `y = min(e^x, max)`: a learned scale kept as its logarithm (X-MoE). x, y: acc, the same shape.
+    fn clamped_exp(&self, x: &Tensor, max: f64, y: &Tensor) -> Result<()>;
+
+    /// `dx = dy·y` where y is below `max`, 0 where it is clamped.
+    fn clamped_exp_backward(&self, y: &Tensor, max: f64, dy: &Tensor, dx: &Tensor) -> Result<()>;
 }

@@ -1,8 +1,17 @@
-//! s
+//! The sigmoid gate.
 
-use crate::device::ExpertGroups;
-use crate::error::{Result, config_err};
+use super::super::{Gate, GateContext, MoeConfig, Routing, RoutingGrad, Saved, saved};
+use super::token_choice::{Chosen, Selection, TokenChoice};
+use super::{linear, linear_backward};
+use crate::autograd::{Init, Parameter, ReduceGroup};
+use crate::device::{ExpertGroups, Lane};
+use crate::error::{Error, Result, config_err};
+use crate::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
+use std::sync::Mutex;
+
+/// Keeps the sum of a token's scores off zero, where all of them underflow.
+const SUM_EPS: f64 = 1e-20;
 
 /// The sigmoid gate's options, DeepSeek-V3's (DeepSeek-AI 2024); the default is the plain gate.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,10 +33,7 @@ impl Default for SigmoidOptions {
 
 impl SigmoidOptions {
     /// Checks the options for E experts of which a token takes k.
-    ///
-    /// # Errors
-    /// Names the value and the rule it breaks.
-    pub(crate) fn validate(&self, experts: usize, top_k: usize) -> Result<()> {
+    pub(in super::super) fn validate(&self, experts: usize, top_k: usize) -> Result<()> {
         if !(self.routed_scale.is_finite() && self.routed_scale > 0.0) {
             config_err!("sigmoid.routed_scale = {}: it is a finite number above 0", self.routed_scale);
         }
@@ -43,5 +49,141 @@ impl SigmoidOptions {
             );
         }
         Ok(())
+    }
+}
+
+/// An independent score s = sigmoid(x·wᵀ) per expert (BASE: Lewis et al. 2021; StableMoE: Dai et al. 2022), with
+/// DeepSeek-V3's options: selection by s + bias inside the best groups, weights from s alone. Balance loss and entropy
+/// are of s normalised to sum one.
+pub struct SigmoidGate {
+    /// (E, M).
+    weight: Parameter,
+    choice: TokenChoice,
+    groups: Option<ExpertGroups>,
+    bias: Option<Bias>,
+}
+
+/// A selection bias that follows the loads.
+struct Bias {
+    name: String,
+    /// (E) acc.
+    value: Tensor,
+    /// γ.
+    rate: f64,
+    /// The loads (G, E) of every training forward since the last step.
+    loads: Mutex<Vec<Tensor>>,
+}
+
+struct State {
+    /// (T, E) acc: s.
+    scores: Tensor,
+    /// (T, E) acc: s normalised to sum one.
+    probs: Tensor,
+    chosen: Chosen,
+}
+
+impl SigmoidGate {
+    /// A random `weight` and, with a bias rate, the buffer `bias` of zeros.
+    ///
+    /// # Errors
+    /// If the device has no memory left.
+    pub fn new(init: &Init, config: &MoeConfig) -> Result<Self> {
+        let SigmoidOptions { groups, routed_scale, bias_rate } = config.sigmoid;
+        let bias = if bias_rate > 0.0 {
+            let value = init.lane().zeros([config.experts], init.dtype().accumulate())?;
+            Some(Bias { name: init.name("bias"), value, rate: bias_rate, loads: Mutex::default() })
+        } else {
+            None
+        };
+        let shape = [config.experts, config.hidden];
+        Ok(SigmoidGate {
+            weight: init.normal("weight", shape, config.init_std, ReduceGroup::Replicated)?,
+            choice: TokenChoice::new(config, routed_scale),
+            groups,
+            bias,
+        })
+    }
+}
+
+impl Bias {
+    fn add(&self, loads: &Tensor) -> Result<()> {
+        self.loads.lock().map_err(poisoned)?.push(loads.clone());
+        Ok(())
+    }
+
+    /// One update from all loads since the last, micro-batches counting as groups.
+    fn update(&self, lane: &Lane) -> Result<()> {
+        let parts = std::mem::take(&mut *self.loads.lock().map_err(poisoned)?);
+        let groups: usize = parts.iter().map(|loads| loads.dim(0)).sum();
+        if groups == 0 {
+            return Ok(());
+        }
+        let all = lane.empty([groups, self.value.dim(0)], DType::I32)?;
+        let mut first = 0;
+        for loads in &parts {
+            lane.copy(loads, &all.narrow(0, first, loads.dim(0))?)?;
+            first += loads.dim(0);
+        }
+        lane.update_bias(&self.value, &all, self.rate)
+    }
+}
+
+fn poisoned<T>(_: T) -> Error {
+    Error::Config("the sigmoid gate's loads were left half written by a thread that panicked".into())
+}
+
+impl Gate for SigmoidGate {
+    fn name(&self) -> &str {
+        "sigmoid"
+    }
+
+    fn parameters(&self) -> Vec<Parameter> {
+        vec![self.weight.clone()]
+    }
+
+    fn buffers(&self) -> Vec<(String, Tensor)> {
+        self.bias.iter().map(|bias| (bias.name.clone(), bias.value.clone())).collect()
+    }
+
+    fn forward(&self, cx: &GateContext<'_>, x: &Tensor) -> Result<(Routing, Saved)> {
+        let lane = cx.lane;
+        let logits = linear(lane, x, &self.weight)?;
+        let (scores, probs) = (lane.empty_like(&logits)?, lane.empty_like(&logits)?);
+        lane.sigmoid(&logits, &scores)?;
+        lane.normalise_sum(&scores, 1.0, SUM_EPS, &probs)?;
+        let selection = Selection { bias: self.bias.as_ref().map(|bias| &bias.value), groups: self.groups };
+        let (routing, chosen) = self.choice.route(cx, &scores, &probs, selection)?;
+        if let Some(bias) = &self.bias
+            && cx.step.train
+        {
+            bias.add(&routing.loads)?;
+        }
+        Ok((routing, Box::new(State { scores, probs, chosen })))
+    }
+
+    fn backward(
+        &self,
+        cx: &GateContext<'_>,
+        x: &Tensor,
+        routing: &Routing,
+        state: &Saved,
+        grad: &RoutingGrad,
+        dx: &Tensor,
+    ) -> Result<()> {
+        let lane = cx.lane;
+        let State { scores, probs, chosen } = saved(state)?;
+        let zeros = || lane.zeros(*scores.shape(), scores.dtype());
+        let (d_scores, d_probs) = (zeros()?, zeros()?);
+        self.choice.backward(lane, routing, chosen, grad, &d_scores, &d_probs)?;
+        let d_balance = lane.empty_like(scores)?;
+        lane.normalise_sum_backward(scores, probs, 1.0, SUM_EPS, &d_probs, &d_balance)?;
+        lane.axpby(1.0, &d_balance, 1.0, &d_scores)?;
+        let d_logits = lane.empty_like(scores)?;
+        lane.sigmoid_backward(scores, &d_scores, &d_logits)?;
+        linear_backward(lane, x, &self.weight, &d_logits, dx)
+    }
+
+    fn after_step(&self, lane: &Lane) -> Result<()> {
+        self.bias.as_ref().map_or(Ok(()), |bias| bias.update(lane))
     }
 }

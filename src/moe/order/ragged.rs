@@ -1,0 +1,68 @@
+//! The ragged order: rows sorted by expert, no padding.
+
+use super::check_tokens;
+use super::index::Index;
+use crate::device::Lane;
+use crate::error::Result;
+use crate::moe::{Assignment, Order, Routing, RowSplit, Rows, Saved, saved};
+use crate::tensor::Tensor;
+
+/// Rows lie sorted by expert, then by group, with an offset per expert and no empty slots (MegaBlocks, Gale et al. 2023):
+/// the experts compute only what is kept. The loads are read to the host once per dispatch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ragged;
+
+impl Order for Ragged {
+    fn name(&self) -> &str {
+        "ragged"
+    }
+
+    fn dispatch(&self, lane: &Lane, routing: &Routing, x: &Tensor) -> Result<(Rows, Saved)> {
+        check_tokens(self.name(), routing, x)?;
+        let (groups, experts, capacity) = (routing.groups, routing.experts, routing.capacity);
+        let kept: Vec<usize> = match routing.assignment {
+            // An expert that chooses fills every slot.
+            Assignment::ExpertChoice { .. } => vec![capacity; groups * experts],
+            _ => lane.to_host(&routing.loads)?.to_vec::<i32>()?.iter().map(|&n| capacity.min(n as usize)).collect(),
+        };
+        // starts[e·G + g], then the number of rows.
+        let mut starts = vec![0; groups * experts + 1];
+        for e in 0..experts {
+            for g in 0..groups {
+                starts[e * groups + g + 1] = starts[e * groups + g] + kept[g * experts + e];
+            }
+        }
+        let start = |g: usize, e: usize| starts[e * groups + g];
+        let index = Index::new(self.name(), lane, routing, start(0, experts), start)?;
+        let split = RowSplit::Ragged((0..=experts).map(|e| start(0, e)).collect());
+        Ok((Rows { data: index.dispatch(lane, x)?, split }, Box::new(index)))
+    }
+
+    fn dispatch_backward(
+        &self,
+        lane: &Lane,
+        _routing: &Routing,
+        index: &Saved,
+        _x: &Tensor,
+        d_rows: &Tensor,
+        dx: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        saved::<Index>(index)?.dispatch_backward(lane, d_rows, dx)?;
+        Ok(None)
+    }
+
+    fn combine(&self, lane: &Lane, routing: &Routing, index: &Saved, rows: &Tensor) -> Result<Tensor> {
+        saved::<Index>(index)?.combine(self.name(), lane, routing, rows)
+    }
+
+    fn combine_backward(
+        &self,
+        lane: &Lane,
+        routing: &Routing,
+        index: &Saved,
+        rows: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        saved::<Index>(index)?.combine_backward(self.name(), lane, routing, rows, dy)
+    }
+}
