@@ -3,5 +3,7 @@
 #![allow(clippy::unwrap_used)] // A test that cannot go on fails.
 
 mod gradients;
+mod model;
 mod moe;
+mod properties;
 mod support;

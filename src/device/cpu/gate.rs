@@ -400,6 +400,27 @@ impl GateKernels for Cpu {
         });
         Ok(())
     }
+
+    fn clamped_exp(&self, x: &Tensor, max: f64, y: &Tensor) -> Result<()> {
+        expect("clamped_exp", "y", y, x.shape(), x.dtype())?;
+        acc_type!("clamped_exp", x.dtype(), A => {
+            for (y, &x) in output::<A>(y)?.iter_mut().zip(input::<A>(x)?) {
+                *y = x.exp().min(max as A);
+            }
+        });
+        Ok(())
+    }
+
+    fn clamped_exp_backward(&self, y: &Tensor, max: f64, dy: &Tensor, dx: &Tensor) -> Result<()> {
+        expect("clamped_exp_backward", "dy", dy, y.shape(), y.dtype())?;
+        expect("clamped_exp_backward", "dx", dx, y.shape(), y.dtype())?;
+        acc_type!("clamped_exp_backward", y.dtype(), A => {
+            for ((dx, &y), &dy) in output::<A>(dx)?.iter_mut().zip(input::<A>(y)?).zip(input::<A>(dy)?) {
+                *dx = if y < max as A { dy * y } else { 0.0 };
+            }
+        });
+        Ok(())
+    }
 }
 
 /// Largest first; NaN is the smallest of all, so that a diverged gate still gives a valid order.

@@ -108,3 +108,6 @@ fn starts(lane: &Lane, routing: &Routing, start: impl Fn(usize, usize) -> usize)
     let values: Vec<i32> = (0..groups * experts).map(|i| start(i / experts, i % experts) as i32).collect();
     lane.to_device(&Tensor::from_slice(&values, [groups, experts])?)
 }
+
+#[cfg(test)]
+mod tests;

@@ -46,7 +46,7 @@ fn top_k_takes_the_largest_and_ties_go_to_the_lowest_index() {
 
 #[test]
 fn top_k_stays_inside_the_groups_with_the_best_two_scores() {
-    // Sums of the two best: 1.9, 2.0, 1.0; the single best expert, 3, is in a group that is not kept.
+    // Sums of the two best: 1.9, 2.0, 1.0; the best score, 3.0, is in a group that is not kept.
     let scores = tensor(&[1.0, 0.9, -5.0, 1.0, 0.5, 1.0, 3.0, -2.0, -9.0], [1, 9]);
     assert_eq!(top_k(&scores, None, Some(ExpertGroups { groups: 3, kept: 2 }), 3), [0, 3, 5]);
     assert_eq!(top_k(&scores, None, Some(ExpertGroups { groups: 3, kept: 3 }), 1), [6]);
