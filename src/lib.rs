@@ -3,6 +3,7 @@
 pub mod autograd;
 pub mod device;
 mod error;
+pub mod fsio;
 pub mod model;
 pub mod moe;
 pub mod rng;

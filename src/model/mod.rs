@@ -2,6 +2,7 @@
 
 mod attention;
 mod block;
+pub mod checkpoint;
 mod config;
 mod ffn;
 mod norm;
