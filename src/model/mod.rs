@@ -7,9 +7,11 @@ mod config;
 mod ffn;
 mod norm;
 mod presets;
+mod sample;
 mod transformer;
 
 pub use block::{Block, BlockOutput};
 pub use config::{Arch, ModelConfig};
 pub use presets::{PRESETS, preset};
+pub use sample::{Sampling, generate};
 pub use transformer::{ModelOutput, Transformer};

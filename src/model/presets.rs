@@ -72,8 +72,7 @@ mod tests {
             let config = preset(name).unwrap();
             (config.total_parameters(), config.active_parameters())
         };
-        // 46.7B and 12.9B; 140.6B and 39.1B (Mistral AI's announcements); the totals to the parameter are those of the
-        // published weights.
+        // 46.7B and 12.9B; 140.6B and 39.1B (Mistral AI's announcements), to the parameter by hand.
         assert_eq!(count("mixtral-8x7b"), (46_702_792_704, 12_879_925_248));
         let (total, active) = count("mixtral-8x22b");
         assert_eq!(total, 140_620_634_112);

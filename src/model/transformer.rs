@@ -40,6 +40,18 @@ pub(super) struct SequenceCache {
     len: usize,
 }
 
+impl SequenceCache {
+    /// The tokens it holds.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Forgets them all.
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+    }
+}
+
 impl Transformer {
     /// A model with random weights. Parameters have Hugging Face's names for GPT-2 and Mixtral; the experts of a layer
     /// are stacked, as `….experts.w1`.

@@ -10,7 +10,6 @@ use crate::tensor::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 const MIXTRAL: &str = "mixtral";
