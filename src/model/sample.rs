@@ -137,7 +137,8 @@ impl<'a> Context<'a> {
         let mut logits = None;
         for token in &tokens[self.done..] {
             let step = evaluation(self.cache.len() as u64);
-            logits = Some(self.model.decode(self.lane, &self.ids(std::slice::from_ref(token))?, &mut self.cache, step)?);
+            logits =
+                Some(self.model.decode(self.lane, &self.ids(std::slice::from_ref(token))?, &mut self.cache, step)?);
         }
         self.done = tokens.len();
         logits.ok_or_else(|| Error::Shape("no token was added to the sequence".to_owned()))
@@ -198,7 +199,8 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_named() {
-        for (temperature, top_p, rule) in [(-1.0, 1.0, "temperature = -1"), (1.0, 0.0, "top_p = 0"), (1.0, 1.5, "1.5")] {
+        for (temperature, top_p, rule) in [(-1.0, 1.0, "temperature = -1"), (1.0, 0.0, "top_p = 0"), (1.0, 1.5, "1.5")]
+        {
             let error = Sampling { temperature, top_p, seed: 0 }.validate().unwrap_err().to_string();
             assert!(error.contains(rule), "{error}");
         }
