@@ -1,2 +1,2 @@
-//! The `fsmoe` command.
+//! x
 fn main() {}

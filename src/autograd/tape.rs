@@ -130,6 +130,7 @@ struct Node {
 pub struct Tape {
     lane: Lane,
     recording: bool,
+    checking: bool,
     state: RefCell<State>,
 }
 
@@ -137,12 +138,25 @@ pub struct Tape {
 struct State {
     nodes: Vec<Node>,
     vars: usize,
+    /// The last parameter an operation used, to say where in a model an operation is.
+    near: Option<String>,
+    first_non_finite: Option<String>,
 }
 
 impl Tape {
     /// A tape that records.
     pub fn new(lane: &Lane) -> Self {
-        Tape { lane: lane.clone(), recording: true, state: RefCell::default() }
+        Tape { lane: lane.clone(), recording: true, checking: false, state: RefCell::default() }
+    }
+
+    /// A tape that looks at every output for values that are not finite: slow, for finding where one first appeared.
+    pub fn checking(lane: &Lane) -> Self {
+        Tape { checking: true, ..Self::new(lane) }
+    }
+
+    /// Where the first value that is not finite appeared, on a tape made by [`Tape::checking`].
+    pub fn first_non_finite(&self) -> Option<String> {
+        self.state.borrow().first_non_finite.clone()
     }
 
     /// A tape that computes values only: nothing is kept for a backward.
@@ -194,6 +208,9 @@ impl Tape {
         outputs: Vec<Tensor>,
         backward: impl FnOnce(&Lane, &[Option<Tensor>]) -> InputGrads + 'static,
     ) -> Vec<Var> {
+        if self.checking {
+            self.check(inputs, &outputs);
+        }
         if !self.recording || !inputs.iter().any(|v| v.needs_grad()) {
             return outputs.into_iter().map(|t| self.constant(t)).collect();
         }
@@ -204,6 +221,31 @@ impl Tape {
             backward: Box::new(backward),
         });
         vars
+    }
+
+    fn check(&self, inputs: &[&Var], outputs: &[Tensor]) {
+        let mut state = self.state.borrow_mut();
+        let params: Vec<&str> = inputs.iter().filter_map(|v| v.param.as_ref()).map(Parameter::name).collect();
+        if let Some(last) = params.last() {
+            state.near = Some((*last).to_owned());
+        }
+        if state.first_non_finite.is_some() {
+            return;
+        }
+        for out in outputs.iter().filter(|t| t.dtype().is_float() && !self.is_finite(t)) {
+            let place = match (&state.near, params.is_empty()) {
+                (Some(name), false) => format!("of the operation with {name}"),
+                (Some(name), true) => format!("of an operation after the one with {name}"),
+                (None, _) => "before any parameter was used".to_owned(),
+            };
+            state.first_non_finite = Some(format!("in an output of shape {} {place}", out.shape()));
+        }
+    }
+
+    fn is_finite(&self, t: &Tensor) -> bool {
+        let values = self.lane.cast(t, DType::F64).and_then(|t| self.lane.to_host(&t)).and_then(|t| t.to_vec::<f64>());
+        // A tensor that cannot be read is not known to be bad; the operation that fails on it will say so.
+        values.map_or(true, |v| v.iter().all(|v| v.is_finite()))
     }
 
     /// [`Tape::record`] for the usual operation of one output.

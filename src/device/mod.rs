@@ -1,6 +1,7 @@
 //! Devices, the lanes that work is issued on, and the primitive operations.
 
 pub mod cpu;
+pub mod cuda;
 mod kernels;
 
 pub use kernels::*;

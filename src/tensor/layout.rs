@@ -90,7 +90,11 @@ impl Layout {
     /// If `strides` has another length than `shape`.
     pub fn strided(shape: Shape, strides: &[usize], offset: usize) -> Result<Self> {
         if strides.len() != shape.len() {
-            shape_err!("{} strides for the {}-dimensional shape {shape}: one per dimension", strides.len(), shape.len());
+            shape_err!(
+                "{} strides for the {}-dimensional shape {shape}: one per dimension",
+                strides.len(),
+                shape.len()
+            );
         }
         let mut out = [0; MAX_RANK];
         out[..strides.len()].copy_from_slice(strides);

@@ -97,9 +97,7 @@ unsafe impl Sync for HostBlock {}
 impl HostBlock {
     fn new(bytes: usize, zeroed: bool) -> Self {
         // Sizes come from element counts of tensors; one that overflows cannot be allocated in any case.
-        let Ok(layout) = Layout::from_size_align(bytes.max(1), 64) else {
-            handle_alloc_error(Layout::new::<u8>())
-        };
+        let Ok(layout) = Layout::from_size_align(bytes.max(1), 64) else { handle_alloc_error(Layout::new::<u8>()) };
         // SAFETY: the layout has a size of at least one byte.
         let ptr = unsafe { if zeroed { alloc_zeroed(layout) } else { alloc(layout) } };
         if ptr.is_null() {

@@ -1,5 +1,6 @@
 //! Properties of routings and orders, on random shapes with their edges.
 
+use crate::support::{uniform, values};
 use fsmoe::device::{ExpertGroups, Lane};
 use fsmoe::moe::order::OrderKind;
 use fsmoe::moe::{Assignment, Capacity, Routing, RowSplit, Rows};
@@ -64,22 +65,11 @@ fn config() -> ProptestConfig {
 
 /// `n` values in −1..1, the same for the same seed and purpose.
 fn random(seed: u64, purpose: u64, n: usize) -> Vec<f64> {
-    (0..n as u64)
-        .map(|i| {
-            let mut z = seed ^ (purpose << 40 | i).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            (z >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
-        })
-        .collect()
+    uniform(seed.wrapping_mul(16).wrapping_add(purpose), n)
 }
 
 fn tensor<T: Element>(data: &[T], shape: impl Into<Shape>) -> Tensor {
     Tensor::from_slice(data, shape).unwrap()
-}
-
-fn values(t: &Tensor) -> Vec<f64> {
-    t.to_vec().unwrap()
 }
 
 fn ints(t: &Tensor) -> Vec<i32> {

@@ -1,13 +1,203 @@
-//! stub
+//! Activations of the expert FFNs.
 
 use super::Cpu;
-use crate::device::*;
-use crate::error::Result;
-use crate::tensor::Tensor;
+use super::math::same;
+use super::util::{Num, Real, float_type, for_rows, for_rows2, input, output};
+use crate::device::{ExpertKernels, Gelu};
+use crate::error::{Result, shape_err};
+use crate::tensor::{Element, Tensor};
+
+/// Elements handled at a time: long enough to vectorise, short enough to share among threads.
+const PIECE: usize = 1024;
 
 impl ExpertKernels for Cpu {
-    fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> { todo!() }
-    fn gelu_backward(&self, form: Gelu, x: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<()> { todo!() }
-    fn swiglu(&self, gate: &Tensor, up: &Tensor, y: &Tensor) -> Result<()> { todo!() }
-    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, d_gate: &Tensor, d_up: &Tensor) -> Result<()> { todo!() }
+    fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> {
+        same("gelu", x, &[y])?;
+        float_type!("gelu", x.dtype(), T => {
+            let x = input::<T>(x)?;
+            for_rows(output::<T>(y)?, PIECE, |r, y| {
+                let x = &x[r * PIECE..][..y.len()];
+                match form {
+                    Gelu::Erf => y.iter_mut().zip(x).for_each(|(y, x)| *y = T::put(x.get() * normal_cdf(x.get()))),
+                    Gelu::Tanh => y.iter_mut().zip(x).for_each(|(y, x)| *y = T::put(x.get() * tanh_cdf(x.get()).0)),
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn gelu_backward(&self, form: Gelu, x: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<()> {
+        same("gelu_backward", x, &[dy, dx])?;
+        float_type!("gelu_backward", x.dtype(), T => {
+            let x = input::<T>(x)?;
+            if dy.ptr() != dx.ptr() {
+                // One path for both cases: the gradient is then scaled in place.
+                output::<T>(dx)?.copy_from_slice(input::<T>(dy)?);
+            }
+            for_rows(output::<T>(dx)?, PIECE, |r, d| {
+                let x = &x[r * PIECE..][..d.len()];
+                match form {
+                    Gelu::Erf => d.iter_mut().zip(x).for_each(|(d, x)| *d = T::put(d.get() * erf_slope(x.get()))),
+                    Gelu::Tanh => d.iter_mut().zip(x).for_each(|(d, x)| *d = T::put(d.get() * tanh_slope(x.get()))),
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor, y: &Tensor) -> Result<()> {
+        check_rows("swiglu", y, &[gate, up])?;
+        let width = y.rows().1;
+        float_type!("swiglu", y.dtype(), T => {
+            let (gate, up) = (Strided::<T>::new(gate), Strided::<T>::new(up));
+            for_rows(output::<T>(y)?, width, |r, y| {
+                for ((y, g), u) in y.iter_mut().zip(gate.row(r)).zip(up.row(r)) {
+                    let g = g.get();
+                    *y = T::put(g * g.sigmoid() * u.get());
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, d_gate: &Tensor, d_up: &Tensor) -> Result<()> {
+        check_rows("swiglu_backward", dy, &[gate, up, d_gate, d_up])?;
+        let (rows, width) = dy.rows();
+        float_type!("swiglu_backward", dy.dtype(), T => {
+            let (gate, up, dy) = (Strided::<T>::new(gate), Strided::<T>::new(up), input::<T>(dy)?);
+            let row = |r: usize, d_gate: &mut [T], d_up: &mut [T]| {
+                let inputs = gate.row(r).iter().zip(up.row(r)).zip(&dy[r * width..][..width]);
+                for ((dg, du), ((g, u), dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
+                    let (g, u, dy) = (g.get(), u.get(), dy.get());
+                    let s = g.sigmoid();
+                    *dg = T::put(dy * u * s * (1.0 + g * (1.0 - s)));
+                    *du = T::put(dy * g * s);
+                }
+            };
+            if d_gate.is_contiguous() && d_up.is_contiguous() {
+                for_rows2(output::<T>(d_gate)?, width, output::<T>(d_up)?, width, row);
+            } else {
+                let (d_gate, d_up) = (Strided::<T>::new(d_gate), Strided::<T>::new(d_up));
+                for r in 0..rows {
+                    // SAFETY: rows of the two outputs are disjoint (each is a matrix with its row stride at least its
+                    // width, and the contract forbids overlap), and no other thread runs on them.
+                    let (dg, du) = unsafe { (d_gate.row_mut(r), d_up.row_mut(r)) };
+                    row(r, dg, du);
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Φ(x), the normal distribution function.
+fn normal_cdf<A: Real>(x: A) -> A {
+    A::of(0.5) * (A::one() + (x * A::of(std::f64::consts::FRAC_1_SQRT_2)).erf())
+}
+
+/// Φ(x) + x·φ(x).
+fn erf_slope<A: Real>(x: A) -> A {
+    let density = (x * x * A::of(-0.5)).fast_exp() * A::of(0.398_942_280_401_432_7);
+    normal_cdf(x) + x * density
+}
+
+/// The tanh form's ½(1 + tanh u) = sigmoid(2u), and du/dx.
+#[inline(always)]
+fn tanh_cdf<A: Real>(x: A) -> (A, A) {
+    let (root, cubic) = (A::of(0.797_884_560_802_865_4), A::of(0.044715));
+    let u = root * (x + cubic * x * x * x);
+    ((u + u).sigmoid(), root * (A::one() + A::of(3.0) * cubic * x * x))
+}
+
+#[inline(always)]
+fn tanh_slope<A: Real>(x: A) -> A {
+    let (cdf, du) = tanh_cdf(x);
+    cdf + x * A::of(2.0) * cdf * (A::one() - cdf) * du
+}
+
+/// A matrix whose rows are contiguous, with a stride between them.
+struct Strided<T> {
+    at: *mut T,
+    width: usize,
+    stride: usize,
+}
+
+// SAFETY: rows are read, or written by one thread at a time; see `row` and `row_mut`.
+unsafe impl<T: Sync> Sync for Strided<T> {}
+// SAFETY: as for Sync.
+unsafe impl<T: Send> Send for Strided<T> {}
+
+impl<T: Element> Strided<T> {
+    fn new(t: &Tensor) -> Self {
+        let width = t.rows().1;
+        let stride = if t.is_contiguous() { width } else { t.layout().strides()[0] };
+        Strided { at: t.ptr().cast(), width, stride }
+    }
+
+    fn row(&self, r: usize) -> &[T] {
+        // SAFETY: inside the tensor (callers pass r below its rows), and inputs are not written during an operation.
+        unsafe { std::slice::from_raw_parts(self.at.add(r * self.stride), self.width) }
+    }
+
+    /// # Safety
+    /// No other reference to row `r` may live.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn row_mut(&self, r: usize) -> &mut [T] {
+        // SAFETY: inside the tensor; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(r * self.stride), self.width) }
+    }
+}
+
+/// Fails unless the tensors are rows of `like`'s shape and dtype: contiguous, or (R, H) with unit stride inside a row.
+fn check_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
+    same(op, like, others)?;
+    for t in others {
+        if !t.is_contiguous() && (t.rank() != 2 || t.layout().strides()[1] != 1 || t.layout().strides()[0] < t.dim(1)) {
+            shape_err!("{op}: strides {:?} of {}: rows must be contiguous", t.layout().strides(), t.shape());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+
+    #[test]
+    fn known_values() {
+        let x = Tensor::from_slice(&[-3.0f64, -0.5, 0.0, 1.0, 2.5], [5]).unwrap();
+        let y = Tensor::host([5], DType::F64);
+        let near = |want: [f64; 5]| {
+            let got = y.to_vec::<f64>().unwrap();
+            assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-12), "{got:?}");
+        };
+        Cpu.gelu(Gelu::Erf, &x, &y).unwrap();
+        near([-0.004049694094890, -0.154268769362993, 0.0, 0.841344746068543, 2.484475836685560]);
+        Cpu.gelu(Gelu::Tanh, &x, &y).unwrap();
+        near([-0.003637392081773, -0.154285990174856, 0.0, 0.841191990608277, 2.484915733910001]);
+    }
+
+    #[test]
+    fn halves_of_a_wider_buffer() {
+        let both = Tensor::from_slice(&(0..24).map(|i| f64::from(i) * 0.1 - 1.0).collect::<Vec<_>>(), [3, 8]).unwrap();
+        let (gate, up) = (both.narrow(1, 0, 4).unwrap(), both.narrow(1, 4, 4).unwrap());
+        let (y, dy) = (Tensor::host([3, 4], DType::F64), Tensor::from_slice(&[1.0f64; 12], [3, 4]).unwrap());
+        Cpu.swiglu(&gate, &up, &y).unwrap();
+        let d = Tensor::host([3, 8], DType::F64);
+        Cpu.swiglu_backward(&gate, &up, &dy, &d.narrow(1, 0, 4).unwrap(), &d.narrow(1, 4, 4).unwrap()).unwrap();
+        let (d_gate, d_up) = (Tensor::host([3, 4], DType::F64), Tensor::host([3, 4], DType::F64));
+        Cpu.swiglu_backward(&gate, &up, &dy, &d_gate, &d_up).unwrap();
+        let (v, y, d) = (both.to_vec::<f64>().unwrap(), y.to_vec::<f64>().unwrap(), d.to_vec::<f64>().unwrap());
+        let (d_gate, d_up) = (d_gate.to_vec::<f64>().unwrap(), d_up.to_vec::<f64>().unwrap());
+        for r in 0..3 {
+            for j in 0..4 {
+                let (g, u) = (v[r * 8 + j], v[r * 8 + 4 + j]);
+                let silu = g / (1.0 + (-g).exp());
+                assert!((y[r * 4 + j] - silu * u).abs() < 1e-14);
+                assert!((d[r * 8 + 4 + j] - silu).abs() < 1e-14);
+                assert_eq!((d[r * 8 + j], d[r * 8 + 4 + j]), (d_gate[r * 4 + j], d_up[r * 4 + j]));
+            }
+        }
+    }
 }

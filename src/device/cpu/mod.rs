@@ -1,8 +1,11 @@
 //! The CPU backend: plain loops over slices, generic over the element type, threaded with rayon. It is the specification
 //! that other backends are checked against.
 
+mod attention;
+mod exp;
 mod expert;
 mod gate;
+mod gemm;
 mod math;
 mod memory;
 mod model;

@@ -1,9 +1,12 @@
-//! stub
+//! What a transformer needs around its MoE layers; attention is in a file of its own.
 
 use super::Cpu;
-use crate::device::*;
-use crate::error::Result;
-use crate::tensor::Tensor;
+use super::attention;
+use super::math::same;
+use super::util::{Num, Real, expect, float_type, for_rows, for_rows2, input, output, sum_blocks};
+use crate::device::{AttentionShape, ModelKernels, Rope};
+use crate::error::{Result, shape_err};
+use crate::tensor::{DType, Tensor};
 
 impl ModelKernels for Cpu {
     fn layer_norm(
@@ -15,7 +18,29 @@ impl ModelKernels for Cpu {
         y: &Tensor,
         mean: &Tensor,
         rstd: &Tensor,
-    ) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        check_norm("layer_norm", x, &[y], &[gain, bias], &[mean, rstd])?;
+        let width = x.rows().1;
+        float_type!("layer_norm", x.dtype(), T => {
+            type A = <T as Num>::Acc;
+            let (x, gain, bias) = (input::<T>(x)?, input::<T>(gain)?, input::<T>(bias)?);
+            for_rows2(output::<A>(mean)?, 1, output::<A>(rstd)?, 1, |r, mean, rstd| {
+                let x = &x[r * width..][..width];
+                mean[0] = x.iter().map(|v| v.get()).sum::<A>() / width as A;
+                let var = x.iter().map(|v| (v.get() - mean[0]).powi(2)).sum::<A>() / width as A;
+                rstd[0] = 1.0 / (var + eps as A).sqrt();
+            });
+            let (mean, rstd) = (input::<A>(mean)?, input::<A>(rstd)?);
+            for_rows(output::<T>(y)?, width, |r, y| {
+                let x = &x[r * width..][..width];
+                for (((y, x), g), b) in y.iter_mut().zip(x).zip(gain).zip(bias) {
+                    *y = T::put((x.get() - mean[r]) * rstd[r] * g.get() + b.get());
+                }
+            });
+        });
+        Ok(())
+    }
+
     fn layer_norm_backward(
         &self,
         x: &Tensor,
@@ -26,8 +51,63 @@ impl ModelKernels for Cpu {
         dx: &Tensor,
         d_gain: &Tensor,
         d_bias: &Tensor,
-    ) -> Result<()> { todo!() }
-    fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        check_norm("layer_norm_backward", x, &[dy, dx], &[gain, d_gain, d_bias], &[mean, rstd])?;
+        let (rows, width) = x.rows();
+        float_type!("layer_norm_backward", x.dtype(), T => {
+            type A = <T as Num>::Acc;
+            let (x, gain, dy) = (input::<T>(x)?, input::<T>(gain)?, input::<T>(dy)?);
+            let (mean, rstd) = (input::<A>(mean)?, input::<A>(rstd)?);
+            let hat = |r: usize, j: usize| (x[r * width + j].get() - mean[r]) * rstd[r];
+            for_rows(output::<T>(dx)?, width, |r, dx| {
+                let dy = &dy[r * width..][..width];
+                let (mut sum, mut inner) = (0.0 as A, 0.0 as A);
+                for j in 0..width {
+                    let d = dy[j].get() * gain[j].get();
+                    sum += d;
+                    inner += d * hat(r, j);
+                }
+                let (sum, inner) = (sum / width as A, inner / width as A);
+                for j in 0..width {
+                    dx[j] = T::put(rstd[r] * (dy[j].get() * gain[j].get() - sum - hat(r, j) * inner));
+                }
+            });
+            // Gain in the first half of a partial, bias in the second.
+            let mut total = vec![0.0 as A; 2 * width];
+            sum_blocks(rows, 2 * width, &mut total, |range, partial| {
+                let (pg, pb) = partial.split_at_mut(width);
+                for r in range {
+                    let dy = &dy[r * width..][..width];
+                    for j in 0..width {
+                        pg[j] += dy[j].get() * hat(r, j);
+                        pb[j] += dy[j].get();
+                    }
+                }
+            });
+            accumulate::<T>(d_gain, &total[..width])?;
+            accumulate::<T>(d_bias, &total[width..])?;
+        });
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> {
+        check_norm("rms_norm", x, &[y], &[gain], &[rstd])?;
+        let width = x.rows().1;
+        float_type!("rms_norm", x.dtype(), T => {
+            type A = <T as Num>::Acc;
+            let (x, gain) = (input::<T>(x)?, input::<T>(gain)?);
+            for_rows2(output::<T>(y)?, width, output::<A>(rstd)?, 1, |r, y, rstd| {
+                let x = &x[r * width..][..width];
+                let square = x.iter().map(|v| v.get() * v.get()).sum::<A>() / width as A;
+                rstd[0] = 1.0 / (square + eps as A).sqrt();
+                for ((y, x), g) in y.iter_mut().zip(x).zip(gain) {
+                    *y = T::put(x.get() * rstd[0] * g.get());
+                }
+            });
+        });
+        Ok(())
+    }
+
     fn rms_norm_backward(
         &self,
         x: &Tensor,
@@ -36,8 +116,73 @@ impl ModelKernels for Cpu {
         dy: &Tensor,
         dx: &Tensor,
         d_gain: &Tensor,
-    ) -> Result<()> { todo!() }
-    fn rope(&self, x: &Tensor, rope: Rope, inverse: bool, y: &Tensor) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        check_norm("rms_norm_backward", x, &[dy, dx], &[gain, d_gain], &[rstd])?;
+        let (rows, width) = x.rows();
+        float_type!("rms_norm_backward", x.dtype(), T => {
+            type A = <T as Num>::Acc;
+            let (x, gain, rstd, dy) = (input::<T>(x)?, input::<T>(gain)?, input::<A>(rstd)?, input::<T>(dy)?);
+            for_rows(output::<T>(dx)?, width, |r, dx| {
+                let (x, dy) = (&x[r * width..][..width], &dy[r * width..][..width]);
+                let mut inner = 0.0 as A;
+                for ((x, dy), g) in x.iter().zip(dy).zip(gain) {
+                    inner += dy.get() * g.get() * x.get();
+                }
+                let back = inner * rstd[r] * rstd[r] / width as A;
+                for (((dx, x), dy), g) in dx.iter_mut().zip(x).zip(dy).zip(gain) {
+                    *dx = T::put(rstd[r] * (dy.get() * g.get() - x.get() * back));
+                }
+            });
+            let mut total = vec![0.0 as A; width];
+            sum_blocks(rows, width, &mut total, |range, partial| {
+                for r in range {
+                    let (x, dy) = (&x[r * width..][..width], &dy[r * width..][..width]);
+                    for ((p, x), dy) in partial.iter_mut().zip(x).zip(dy) {
+                        *p += dy.get() * x.get() * rstd[r];
+                    }
+                }
+            });
+            accumulate::<T>(d_gain, &total)?;
+        });
+        Ok(())
+    }
+
+    fn rope(&self, x: &Tensor, rope: Rope, inverse: bool, y: &Tensor) -> Result<()> {
+        same("rope", x, &[y])?;
+        let &[_, seq, heads, dim] = x.shape().dims() else {
+            shape_err!("rope of {}: it takes (B, L, H, D)", x.shape());
+        };
+        if dim % 2 != 0 {
+            shape_err!("rope: a head of width {dim}; the width must be even");
+        }
+        let half = dim / 2;
+        float_type!("rope", x.dtype(), T => {
+            type A = <T as Num>::Acc;
+            // One table for all sequences and heads: sines and cosines cost more than the rest.
+            let mut table = Vec::with_capacity(seq * half);
+            for l in 0..seq {
+                for i in 0..half {
+                    let angle = (rope.first + l) as f64 * rope.theta.powf(-2.0 * i as f64 / dim as f64);
+                    let (sin, cos) = angle.sin_cos();
+                    table.push(((if inverse { -sin } else { sin }) as A, cos as A));
+                }
+            }
+            if x.ptr() != y.ptr() {
+                output::<T>(y)?.copy_from_slice(input::<T>(x)?);
+            }
+            for_rows(output::<T>(y)?, dim, |r, head| {
+                let l = r / heads % seq;
+                let (first, second) = head.split_at_mut(half);
+                for ((a, b), (sin, cos)) in first.iter_mut().zip(second).zip(&table[l * half..][..half]) {
+                    let (u, v) = (a.get(), b.get());
+                    *a = T::put(u * cos - v * sin);
+                    *b = T::put(v * cos + u * sin);
+                }
+            });
+        });
+        Ok(())
+    }
+
     fn attention(
         &self,
         shape: AttentionShape,
@@ -46,7 +191,10 @@ impl ModelKernels for Cpu {
         v: &Tensor,
         out: &Tensor,
         lse: &Tensor,
-    ) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        attention::forward(shape, q, k, v, out, lse)
+    }
+
     fn attention_backward(
         &self,
         shape: AttentionShape,
@@ -59,8 +207,25 @@ impl ModelKernels for Cpu {
         dq: &Tensor,
         dk: &Tensor,
         dv: &Tensor,
-    ) -> Result<()> { todo!() }
-    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, loss: &Tensor, lse: &Tensor) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        attention::backward(shape, [q, k, v, out, d_out], lse, [dq, dk, dv])
+    }
+
+    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, loss: &Tensor, lse: &Tensor) -> Result<()> {
+        let vocab = check_targets("cross_entropy", logits, targets, &[loss, lse])?;
+        float_type!("cross_entropy", logits.dtype(), T => {
+            type A = <T as Num>::Acc;
+            let (logits, targets) = (input::<T>(logits)?, input::<i32>(targets)?);
+            for_rows2(output::<A>(loss)?, 1, output::<A>(lse)?, 1, |n, loss, lse| {
+                let x = &logits[n * vocab..][..vocab];
+                let max = x.iter().fold(A::NEG_INFINITY, |m, v| m.max(v.get()));
+                lse[0] = max + x.iter().map(|v| (v.get() - max).fast_exp()).sum::<A>().ln();
+                loss[0] = lse[0] - x[targets[n] as usize].get();
+            });
+        });
+        Ok(())
+    }
+
     fn cross_entropy_backward(
         &self,
         logits: &Tensor,
@@ -68,5 +233,50 @@ impl ModelKernels for Cpu {
         lse: &Tensor,
         d_loss: &Tensor,
         d_logits: &Tensor,
-    ) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        let vocab = check_targets("cross_entropy_backward", logits, targets, &[lse, d_loss])?;
+        same("cross_entropy_backward", logits, &[d_logits])?;
+        float_type!("cross_entropy_backward", logits.dtype(), T => {
+            type A = <T as Num>::Acc;
+            let (targets, lse, d_loss) = (input::<i32>(targets)?, input::<A>(lse)?, input::<A>(d_loss)?);
+            if logits.ptr() != d_logits.ptr() {
+                output::<T>(d_logits)?.copy_from_slice(input::<T>(logits)?);
+            }
+            for_rows(output::<T>(d_logits)?, vocab, |n, row| {
+                let (target, d, lse) = (targets[n] as usize, d_loss[n], lse[n]);
+                let at_target = d * ((row[target].get() - lse).fast_exp() - 1.0);
+                row.iter_mut().for_each(|v| *v = T::put(d * (v.get() - lse).fast_exp()));
+                row[target] = T::put(at_target);
+            });
+        });
+        Ok(())
+    }
+}
+
+/// `t += sums`.
+fn accumulate<T: Num>(t: &Tensor, sums: &[T::Acc]) -> Result<()> {
+    output::<T>(t)?.iter_mut().zip(sums).for_each(|(t, s)| *t = T::put(t.get() + *s));
+    Ok(())
+}
+
+/// Fails unless x and `rows` are rows of one shape and dtype, `widths` vectors as wide, `stats` one acc per row.
+fn check_norm(op: &str, x: &Tensor, rows: &[&Tensor], widths: &[&Tensor], stats: &[&Tensor]) -> Result<()> {
+    let (n, width) = x.rows();
+    if width == 0 {
+        shape_err!("{op} of {}: rows are empty", x.shape());
+    }
+    same(op, x, rows)?;
+    widths.iter().try_for_each(|t| expect(op, "a gain or bias", t, &[width], x.dtype()))?;
+    stats.iter().try_for_each(|t| expect(op, "a row statistic", t, &[n], x.dtype().accumulate()))
+}
+
+/// Fails unless logits are (N, V), targets (N) in 0..V, and `per_row` one acc per row; returns V.
+fn check_targets(op: &str, logits: &Tensor, targets: &Tensor, per_row: &[&Tensor]) -> Result<usize> {
+    let (n, vocab) = logits.rows();
+    expect(op, "targets", targets, &[n], DType::I32)?;
+    per_row.iter().try_for_each(|t| expect(op, "a loss or lse", t, &[n], logits.dtype().accumulate()))?;
+    if let Some(t) = input::<i32>(targets)?.iter().find(|&&t| t < 0 || t as usize >= vocab) {
+        shape_err!("{op}: target {t} for {vocab} classes: targets lie in 0..{vocab}");
+    }
+    Ok(vocab)
 }

@@ -1,9 +1,12 @@
-//! stub
+//! The optimizer's arithmetic.
 
 use super::Cpu;
-use crate::device::*;
-use crate::error::Result;
+use super::math::same;
+use super::util::{Num, Real, acc_type, expect, float_type, input, output};
+use crate::device::{AdamW, OptimKernels};
+use crate::error::{Result, shape_err};
 use crate::tensor::Tensor;
+use rayon::prelude::*;
 
 impl OptimKernels for Cpu {
     fn adamw(
@@ -14,6 +17,83 @@ impl OptimKernels for Cpu {
         m: &Tensor,
         v: &Tensor,
         grad: &Tensor,
-    ) -> Result<()> { todo!() }
-    fn clip_scale(&self, sum: &Tensor, pre_scale: f64, max_norm: f64, norm: &Tensor, scale: &Tensor) -> Result<()> { todo!() }
+    ) -> Result<()> {
+        same("adamw", weight, &[m, v])?;
+        expect("adamw", "grad_scale", grad_scale, &[1], weight.dtype())?;
+        if grad.shape() != weight.shape() {
+            shape_err!("adamw: a gradient of {} for a weight of {}", grad.shape(), weight.shape());
+        }
+        acc_type!("adamw", weight.dtype(), A => float_type!("adamw", grad.dtype(), G => {
+            let s = settings;
+            let scale = input::<A>(grad_scale)?[0];
+            let (beta1, beta2, eps) = (s.beta1 as A, s.beta2 as A, s.eps as A);
+            // Bias corrections in f64: 1 − β₂ᵗ loses digits in f32.
+            let rate = (s.lr / (1.0 - s.beta1.powi(s.step as i32))) as A;
+            let root = (1.0 / (1.0 - s.beta2.powi(s.step as i32))).sqrt() as A;
+            let keep = (1.0 - s.lr * s.weight_decay) as A;
+            let (weight, m, v) = (output::<A>(weight)?, output::<A>(m)?, output::<A>(v)?);
+            weight
+                .par_iter_mut()
+                .with_min_len(16 * 1024)
+                .zip(m)
+                .zip(v)
+                .zip(input::<G>(grad)?)
+                .for_each(|(((w, m), v), g)| {
+                    let g = scale * A::of(g.get().f64());
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    *w = keep * *w - rate * *m / (v.sqrt() * root + eps);
+                });
+        }));
+        Ok(())
+    }
+
+    fn clip_scale(&self, sum: &Tensor, pre_scale: f64, max_norm: f64, norm: &Tensor, scale: &Tensor) -> Result<()> {
+        same("clip_scale", sum, &[norm, scale])?;
+        acc_type!("clip_scale", sum.dtype(), A => {
+            let length = input::<A>(sum)?[0].sqrt() * pre_scale as A;
+            output::<A>(norm)?[0] = length;
+            let clip = if length > max_norm as A { max_norm as A / length } else { 1.0 };
+            output::<A>(scale)?[0] = if length.is_finite() { pre_scale as A * clip } else { 0.0 };
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::MemoryKernels;
+    use crate::tensor::DType;
+
+    #[test]
+    fn adamw_by_hand() {
+        let t = |v: &[f64]| Tensor::from_slice(v, [v.len()]).unwrap();
+        let (w, m, v) = (t(&[1.0, -2.0]), t(&[0.0, 0.1]), t(&[0.0, 0.04]));
+        let s = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.5, step: 3 };
+        Cpu.adamw(s, &t(&[0.5]), &w, &m, &v, &t(&[2.0, -4.0])).unwrap();
+        for (i, (w0, m0, v0, g)) in [(1.0, 0.0, 0.0, 1.0), (-2.0f64, 0.1f64, 0.04f64, -2.0f64)].into_iter().enumerate()
+        {
+            let (m1, v1) = (0.9 * m0 + 0.1 * g, 0.99 * v0 + 0.01 * g * g);
+            let (mh, vh) = (m1 / (1.0 - 0.9f64.powi(3)), v1 / (1.0 - 0.99f64.powi(3)));
+            let want = w0 - 0.1 * 0.5 * w0 - 0.1 * mh / (vh.sqrt() + 1e-8);
+            assert!((w.to_vec::<f64>().unwrap()[i] - want).abs() < 1e-14);
+            assert!((m.to_vec::<f64>().unwrap()[i] - m1).abs() < 1e-15);
+            assert!((v.to_vec::<f64>().unwrap()[i] - v1).abs() < 1e-15);
+        }
+    }
+
+    #[test]
+    fn clipping() {
+        let scalar = || Tensor::host([1], DType::F64);
+        let (sum, norm, scale) = (scalar(), scalar(), scalar());
+        for (s, pre, max, want) in
+            [(16.0, 0.5, 1.0, (2.0, 0.25)), (16.0, 0.5, 3.0, (2.0, 0.5)), (f64::NAN, 1.0, 1.0, (f64::NAN, 0.0))]
+        {
+            Cpu.fill(&sum, s).unwrap();
+            Cpu.clip_scale(&sum, pre, max, &norm, &scale).unwrap();
+            let got = (norm.to_vec::<f64>().unwrap()[0], scale.to_vec::<f64>().unwrap()[0]);
+            assert!(got == want || (got.0.is_nan() && want.0.is_nan() && got.1 == want.1), "{got:?} {want:?}");
+        }
+    }
 }

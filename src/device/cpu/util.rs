@@ -13,6 +13,13 @@ pub(super) trait Real: num_traits::Float + std::iter::Sum + std::ops::AddAssign 
     fn f64(self) -> f64;
     /// The error function.
     fn erf(self) -> Self;
+    /// e^self, fast enough for inner loops.
+    fn fast_exp(self) -> Self;
+    /// The logistic function 1 / (1 + e^−self).
+    #[inline(always)]
+    fn sigmoid(self) -> Self {
+        Self::one() / (Self::one() + (-self).fast_exp())
+    }
 }
 
 impl Real for f32 {
@@ -25,6 +32,10 @@ impl Real for f32 {
     fn erf(self) -> f32 {
         libm::erff(self)
     }
+    #[inline(always)]
+    fn fast_exp(self) -> f32 {
+        super::exp::exp(self)
+    }
 }
 
 impl Real for f64 {
@@ -36,6 +47,9 @@ impl Real for f64 {
     }
     fn erf(self) -> f64 {
         libm::erf(self)
+    }
+    fn fast_exp(self) -> f64 {
+        self.exp()
     }
 }
 
@@ -90,7 +104,9 @@ macro_rules! float_type {
                 type $T = half::f16;
                 $body
             }
-            d @ $crate::tensor::DType::I32 => $crate::error::shape_err!("{}: a tensor of {d} where floats are expected", $op),
+            d @ $crate::tensor::DType::I32 => {
+                $crate::error::shape_err!("{}: a tensor of {d} where floats are expected", $op)
+            }
         }
     };
 }
@@ -198,6 +214,24 @@ pub(super) fn sum_blocks<A: Real>(
         for (t, v) in total.iter_mut().zip(p) {
             *t += v;
         }
+    }
+}
+
+/// `f(r, a, b)` for every pair of rows of `wa` elements of `a` and `wb` of `b`, in parallel where that pays.
+pub(super) fn for_rows2<A: Send, B: Send>(
+    a: &mut [A],
+    wa: usize,
+    b: &mut [B],
+    wb: usize,
+    f: impl Fn(usize, &mut [A], &mut [B]) + Sync + Send,
+) {
+    let rows = (SERIAL / 4).div_ceil(wa.max(wb).max(1)).max(1);
+    if a.len().max(b.len()) < SERIAL {
+        a.chunks_mut(wa).zip(b.chunks_mut(wb)).enumerate().for_each(|(r, (a, b))| f(r, a, b));
+    } else {
+        a.par_chunks_mut(rows * wa).zip(b.par_chunks_mut(rows * wb)).enumerate().for_each(|(n, (a, b))| {
+            a.chunks_mut(wa).zip(b.chunks_mut(wb)).enumerate().for_each(|(i, (a, b))| f(n * rows + i, a, b));
+        });
     }
 }
 

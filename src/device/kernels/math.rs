@@ -40,7 +40,15 @@ pub trait MathKernels: Send + Sync {
     fn normalise_sum(&self, x: &Tensor, scale: f64, eps: f64, y: &Tensor) -> Result<()>;
 
     /// `dx` of [`MathKernels::normalise_sum`] from x, its output y and dy.
-    fn normalise_sum_backward(&self, x: &Tensor, y: &Tensor, scale: f64, eps: f64, dy: &Tensor, dx: &Tensor) -> Result<()>;
+    fn normalise_sum_backward(
+        &self,
+        x: &Tensor,
+        y: &Tensor,
+        scale: f64,
+        eps: f64,
+        dy: &Tensor,
+        dx: &Tensor,
+    ) -> Result<()>;
 
     /// L2 normalisation of rows: `y[r] = x[r] / max(‖x[r]‖, eps)`, `norm[r] = max(‖x[r]‖, eps)`; x, y: (R, N), norm: (R) acc.
     fn normalise_l2(&self, x: &Tensor, eps: f64, y: &Tensor, norm: &Tensor) -> Result<()>;

@@ -61,3 +61,43 @@ fn tokens_must_be_the_routings() {
         assert!(message.contains("(5, 3)") && message.contains("4 tokens"), "{message}");
     }
 }
+
+#[test]
+fn bf16_rows_keep_f32_weights_and_gradients() {
+    let lane = Lane::cpu();
+    let cast = |v: &[f32], shape: [usize; 2]| lane.cast(&Tensor::from_slice(v, shape).unwrap(), DType::BF16).unwrap();
+    let floats = |t: &Tensor| lane.to_host(&lane.cast(t, DType::F32).unwrap()).unwrap().to_vec::<f32>().unwrap();
+    let (x, dy) = (cast(&[1.0, 2.0, -3.0, 4.0], [2, 2]), cast(&[1.0, 0.5, 2.0, 1.0], [2, 2]));
+    // Token 0 goes to experts 1 and 0, token 1 to expert 1 alone: its second choice found no slot.
+    let mut routing = routing(
+        2,
+        2,
+        2,
+        Assignment::TokenChoice {
+            experts: Tensor::from_slice(&[1, 0, 1, 0], [2, 2]).unwrap(),
+            slots: Tensor::from_slice(&[0, 0, 1, -1], [2, 2]).unwrap(),
+            weights: Tensor::from_slice(&[0.5_f32, 0.25, 2.0, 9.0], [2, 2]).unwrap(),
+        },
+    );
+    routing.loads = Tensor::from_slice(&[1, 2], [1, 2]).unwrap();
+    for kind in OrderKind::ALL {
+        let order = kind.build();
+        let (rows, saved) = order.dispatch(&lane, &routing, &x).unwrap();
+        let y = order.combine(&lane, &routing, &saved, &rows.data).unwrap();
+        assert_eq!((y.dtype(), floats(&y)), (DType::BF16, vec![0.75, 1.5, -6.0, 8.0]), "{kind}");
+        let (d_rows, d_weights) = order.combine_backward(&lane, &routing, &saved, &rows.data, &dy).unwrap();
+        assert_eq!((d_weights.dtype(), floats(&d_weights)), (DType::F32, vec![2.0, 2.0, -2.0, 0.0]), "{kind}");
+        let dx = lane.empty_like(&x).unwrap();
+        order.dispatch_backward(&lane, &routing, &saved, &x, &d_rows, &dx).unwrap();
+        assert_eq!(floats(&dx), [0.75, 0.375, 4.0, 2.0], "{kind}");
+    }
+    // Two tokens, two slots: the mixing matrices stay in f32 as well.
+    let matrix = |v: [f32; 4]| Tensor::from_slice(&v, [2, 2]).unwrap();
+    routing.capacity = 1;
+    routing.assignment =
+        Assignment::Dense { dispatch: matrix([0.5, 1.0, 0.5, 0.0]), combine: matrix([1.0, 0.0, 0.5, 0.5]) };
+    let (rows, saved) = GShard.dispatch(&lane, &routing, &x).unwrap();
+    assert_eq!((rows.data.dtype(), floats(&rows.data)), (DType::BF16, vec![-1.0, 3.0, 1.0, 2.0]));
+    let (_, d_combine) = GShard.combine_backward(&lane, &routing, &saved, &rows.data, &dy).unwrap();
+    assert_eq!((d_combine.dtype(), floats(&d_combine)), (DType::F32, vec![0.5, 2.0, 1.0, 4.0]));
+}
