@@ -225,7 +225,7 @@ impl Tape {
 
     fn check(&self, inputs: &[&Var], outputs: &[Tensor]) {
         let mut state = self.state.borrow_mut();
-        let params: Vec<&str> = inputs.iter().filter_map(|v| v.param.as_ref()).map(Parameter::name).collect();
+        let params: Vec<&str> = inputs.iter().filter_map(|v| v.param()).map(Parameter::name).collect();
         if let Some(last) = params.last() {
             state.near = Some((*last).to_owned());
         }

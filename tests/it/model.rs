@@ -71,7 +71,6 @@ fn forward_shapes_and_finite_values() {
                 let seen = values(&lane.cast(t, DType::F64).unwrap());
                 assert!(seen.iter().all(|v| v.is_finite()), "{arch:?} {dtype}: {seen:?}");
             }
-            // A layer's balance loss is 1 at perfect balance with all k choices counted as k, and it is added per layer.
             assert!(lane.scalar(out.aux_loss.value()).unwrap() > 0.0);
         }
     }
