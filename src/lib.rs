@@ -6,6 +6,7 @@ mod error;
 pub mod fsio;
 pub mod model;
 pub mod moe;
+mod named;
 pub mod rng;
 pub mod tensor;
 

@@ -336,7 +336,7 @@ fn tensors_of_every_type_come_back_with_their_metadata() {
         }
     }
     // A failed write leaves the file that was there.
-    let twice = vec![tensors[0].clone(), tensors[0].clone()];
+    let twice = vec![tensors[0].clone(), tensors[3].clone(), ("m.bf16".into(), base)];
     let error = write_tensors(&lane, &path, twice, HashMap::new()).unwrap_err().to_string();
     assert!(error.contains("two tensors are named m.bf16"), "{error}");
     assert_eq!(read_tensors(&path).unwrap().0.len(), tensors.len());

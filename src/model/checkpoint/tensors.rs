@@ -7,7 +7,7 @@ use crate::tensor::{DType, Shape, Tensor};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use safetensors::{SafeTensorError, SafeTensors};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -42,11 +42,12 @@ pub fn write_tensors(
     metadata: HashMap<String, String>,
 ) -> Result<()> {
     let mut tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
+    let mut names = HashSet::new();
+    if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(name.as_str())) {
+        return Err(bad(path, format!("two tensors are named {name}")));
+    }
     // Wide elements first: then all are aligned.
     tensors.sort_by(|(a, x), (b, y)| y.dtype().size().cmp(&x.dtype().size()).then_with(|| a.cmp(b)));
-    if let Some(pair) = tensors.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        return Err(bad(path, format!("two tensors are named {}", pair[0].0)));
-    }
     let mut end = 0;
     let infos = tensors.iter().map(|(name, t)| {
         let start = end;

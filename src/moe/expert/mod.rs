@@ -7,7 +7,7 @@ mod products;
 pub use gpt::GptFfn;
 pub use mixtral::MixtralFfn;
 
-use super::named::named;
+use crate::named::named;
 use super::{Expert, MoeConfig};
 use crate::autograd::Init;
 use crate::error::Result;

@@ -15,7 +15,7 @@ pub use soft::SoftGate;
 pub use top_k::TopKGate;
 pub use x_moe::XMoeGate;
 
-use super::named::named;
+use crate::named::named;
 use super::{Gate, GateContext, MoeConfig};
 use crate::autograd::{Init, Parameter};
 use crate::device::Lane;
