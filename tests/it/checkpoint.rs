@@ -4,13 +4,13 @@ use crate::model::{build, logits, tiny, tokens};
 use crate::support::{bits, random, uniform};
 use fsmoe::autograd::Init;
 use fsmoe::device::Lane;
-use fsmoe::model::checkpoint::{load, load_as, load_weights, read_config, read_tensors, save, write_tensors};
+use fsmoe::model::checkpoint::{TensorFile, load, load_as, load_into, read_config, write, write_tensors};
 use fsmoe::model::{Arch, ModelConfig, Transformer};
 use fsmoe::moe::gate::{GateKind, SigmoidOptions};
 use fsmoe::moe::{Capacity, MoeConfig};
 use fsmoe::tensor::{DType, Tensor};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use tempfile::TempDir;
@@ -19,8 +19,14 @@ use tempfile::TempDir;
 fn saved(config: &ModelConfig, dtype: DType) -> (TempDir, Transformer) {
     let dir = TempDir::new().unwrap();
     let model = build(config, dtype);
-    save(&Lane::cpu(), dir.path(), &model).unwrap();
+    write(dir.path(), &Lane::cpu(), &model).unwrap();
     (dir, model)
+}
+
+/// All tensors of a file, by name.
+fn read_tensors(path: &Path) -> BTreeMap<String, Tensor> {
+    let file = TensorFile::open(path).unwrap();
+    file.names().map(|name| (name.to_owned(), file.read(name).unwrap())).collect()
 }
 
 /// Every weight and buffer, by name.
@@ -47,9 +53,9 @@ fn edit_config(dir: &Path, edit: impl FnOnce(&mut Value)) {
 
 fn edit_tensors(dir: &Path, edit: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
     let path = dir.join("model.safetensors");
-    let (mut tensors, metadata) = read_tensors(&path).unwrap();
+    let mut tensors = read_tensors(&path);
     edit(&mut tensors);
-    write_tensors(&Lane::cpu(), &path, tensors, metadata).unwrap();
+    write_tensors(&path, &Lane::cpu(), tensors.into_iter().collect()).unwrap();
 }
 
 #[test]
@@ -61,7 +67,7 @@ fn what_is_saved_comes_back_to_the_bit() {
                 let config = ModelConfig { shared_experts, moe_every: 1 + shared_experts / 2, ..tiny(arch) };
                 let (dir, model) = saved(&config, dtype);
                 assert_ne!(weights(&other(&config, dtype)), weights(&model));
-                let back = load(&lane, dir.path(), dtype).unwrap();
+                let back = load(dir.path(), &lane, dtype).unwrap();
                 assert_eq!(back.config(), &config);
                 assert_eq!(weights(&back), weights(&model));
                 let ids = tokens(&config, 1, 6);
@@ -76,14 +82,14 @@ fn weights_are_converted_on_the_way() {
     let lane = Lane::cpu();
     let config = tiny(Arch::Mixtral);
     let (dir, model) = saved(&config, DType::F32);
-    let narrow = load(&lane, dir.path(), DType::BF16).unwrap();
+    let narrow = load(dir.path(), &lane, DType::BF16).unwrap();
     for (p, q) in model.parameters().iter().zip(narrow.parameters()) {
         assert_eq!(bits(&lane.cast(p.value(), DType::BF16).unwrap()), bits(q.value()));
     }
     // 16 bits on disk come back exactly, in either width.
-    save(&lane, dir.path(), &narrow).unwrap();
-    assert_eq!(weights(&load(&lane, dir.path(), DType::BF16).unwrap()), weights(&narrow));
-    assert_eq!(weights(&load(&lane, dir.path(), DType::F32).unwrap()), weights(&narrow));
+    write(dir.path(), &lane, &narrow).unwrap();
+    assert_eq!(weights(&load(dir.path(), &lane, DType::BF16).unwrap()), weights(&narrow));
+    assert_eq!(weights(&load(dir.path(), &lane, DType::F32).unwrap()), weights(&narrow));
     assert_eq!(json_of(&dir.path().join("config.json"))["torch_dtype"], "bfloat16");
 }
 
@@ -101,16 +107,20 @@ fn a_selection_bias_is_kept() {
         buffer.write(&values).unwrap();
     }
     let dir = TempDir::new().unwrap();
-    save(&lane, dir.path(), &model).unwrap();
-    assert_eq!(weights(&load(&lane, dir.path(), DType::F32).unwrap()), weights(&model));
+    write(dir.path(), &lane, &model).unwrap();
+    assert_eq!(weights(&load(dir.path(), &lane, DType::F32).unwrap()), weights(&model));
 }
 
 #[test]
 fn experts_are_apart_on_disk_under_mixtrals_names() {
     let config = tiny(Arch::Mixtral);
     let (dir, model) = saved(&config, DType::F32);
-    let (tensors, metadata) = read_tensors(&dir.path().join("model.safetensors")).unwrap();
-    assert_eq!(metadata["format"], "pt");
+    let path = dir.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    assert_eq!((length % 8, &header["__metadata__"]), (0, &json!({"format": "pt"})));
+    let tensors = read_tensors(&path);
     let stack = model.parameters().into_iter().find(|p| p.name().ends_with("layers.1.block_sparse_moe.experts.w2"));
     let stack = stack.unwrap();
     for j in 0..4 {
@@ -171,13 +181,13 @@ fn a_folder_of_transformers_loads_as_it_is() {
     let (dir, model) = saved(&config, DType::F32);
     // Weights in two shards with an index.
     let single = dir.path().join("model.safetensors");
-    let (tensors, _) = read_tensors(&single).unwrap();
+    let tensors = read_tensors(&single);
     fs::remove_file(single).unwrap();
     let mut map = BTreeMap::new();
     for (i, name) in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate() {
         let part: Vec<(String, Tensor)> = tensors.clone().into_iter().skip(i).step_by(2).collect();
         map.extend(part.iter().map(|(tensor, _)| (tensor.clone(), json!(name))));
-        write_tensors(&lane, &dir.path().join(name), part, HashMap::new()).unwrap();
+        write_tensors(&dir.path().join(name), &lane, part).unwrap();
     }
     let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
     fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
@@ -190,14 +200,17 @@ fn a_folder_of_transformers_loads_as_it_is() {
     };
     let four = |v: &mut Value| theta(v, json!(5e5), Value::Null);
     let five = |v: &mut Value| theta(v, Value::Null, json!({"rope_type": "default", "rope_theta": 5e5}));
+    let window = |v: &mut Value| v["sliding_window"] = json!(5);
     let edits: [&dyn Fn(&mut Value); 2] = [&four, &five];
     for edit in edits {
         edit_config(dir.path(), edit);
-        let back = load(&lane, dir.path(), DType::F32).unwrap();
+        let back = load(dir.path(), &lane, DType::F32).unwrap();
         let expected = MoeConfig { normalise_weights: Some(true), ..config.moe.clone() };
         assert_eq!(back.config(), &ModelConfig { moe: expected, ..config.clone() });
         assert_eq!(weights(&back), weights(&model));
     }
+    edit_config(dir.path(), window);
+    assert_eq!(read_config(dir.path()).unwrap().max_seq, 5);
 }
 
 #[test]
@@ -207,7 +220,7 @@ fn other_settings_can_be_given_that_take_the_same_tensors() {
     let capacity = Capacity::Factor(0.5);
     let config = ModelConfig { moe: MoeConfig { capacity, ..base.moe.clone() }, ..base };
     let (dir, model) = saved(&config, DType::F32);
-    let dropless = load_as(&lane, dir.path(), DType::F32, &read_config(dir.path()).unwrap().dropless()).unwrap();
+    let dropless = load_as(dir.path(), &lane, DType::F32, &read_config(dir.path()).unwrap().dropless()).unwrap();
     assert_eq!(dropless.config().moe.capacity, Capacity::Dropless);
     assert_eq!(weights(&dropless), weights(&model));
     let ids = tokens(&config, 1, 6);
@@ -222,13 +235,13 @@ fn refused(edit: impl FnOnce(&Path), parts: &[&str]) {
     let config = tiny(Arch::Mixtral);
     let (dir, _) = saved(&config, DType::F32);
     edit(dir.path());
-    let error = load(&lane, dir.path(), DType::F32).err().expect("loaded a broken checkpoint").to_string();
+    let error = load(dir.path(), &lane, DType::F32).err().expect("loaded a broken checkpoint").to_string();
     assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     assert!(error.contains(dir.path().to_str().unwrap()), "no path: {error}");
 
     let target = other(&config, DType::F32);
     let before = weights(&target);
-    if load_weights(&lane, dir.path(), &target).is_err() {
+    if load_into(dir.path(), &lane, &target).is_err() {
         assert_eq!(weights(&target), before);
     }
 }
@@ -289,7 +302,10 @@ fn tensors_that_do_not_fit_are_refused() {
     refused(remove(EXPERT), &["model.safetensors", EXPERT, "(6, 8)", "missing"]);
     refused(put(GATE, random(1, [8, 4])), &["model.safetensors", GATE, "(8, 4)", "(4, 8)"]);
     refused(put(EXPERT, random(1, [6, 9])), &["model.safetensors", EXPERT, "(6, 9)", "(6, 8)"]);
-    refused(put(GATE, Tensor::host_zeros([4, 8], DType::I32)), &["model.safetensors", GATE, "i32", "floats"]);
+    refused(
+        put(GATE, Tensor::host_zeros([4, 8], DType::I32)),
+        &["model.safetensors", GATE, "i32 (4, 8), expected f32 (4, 8)"],
+    );
     refused(put("model.extra", random(1, [1])), &["model.safetensors", "1 tensors", "model.extra"]);
 }
 
@@ -309,7 +325,7 @@ fn broken_indices_are_refused() {
 }
 
 #[test]
-fn tensors_of_every_type_come_back_with_their_metadata() {
+fn tensors_of_every_type_come_back() {
     let lane = Lane::cpu();
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("state.safetensors");
@@ -322,10 +338,8 @@ fn tensors_of_every_type_come_back_with_their_metadata() {
     tensors.push(("view".into(), base.transpose(0, 1).unwrap()));
     tensors.push(("none".into(), Tensor::host([0, 4], DType::F32)));
     tensors.push(("scalar".into(), random(4, [])));
-    let metadata = HashMap::from([("step".to_owned(), "17".to_owned())]);
-    write_tensors(&lane, &path, tensors.clone(), metadata.clone()).unwrap();
-    let (back, seen) = read_tensors(&path).unwrap();
-    assert_eq!(seen, metadata);
+    write_tensors(&path, &lane, tensors.clone()).unwrap();
+    let back = read_tensors(&path);
     assert_eq!(back.len(), tensors.len());
     for (name, t) in &tensors {
         assert_eq!((back[name].shape(), back[name].dtype()), (t.shape(), t.dtype()));
@@ -337,7 +351,20 @@ fn tensors_of_every_type_come_back_with_their_metadata() {
     }
     // A failed write leaves the file that was there.
     let twice = vec![tensors[0].clone(), tensors[3].clone(), ("m.bf16".into(), base)];
-    let error = write_tensors(&lane, &path, twice, HashMap::new()).unwrap_err().to_string();
+    let error = write_tensors(&path, &lane, twice).unwrap_err().to_string();
     assert!(error.contains("two tensors are named m.bf16"), "{error}");
-    assert_eq!(read_tensors(&path).unwrap().0.len(), tensors.len());
+    assert_eq!(read_tensors(&path).len(), tensors.len());
+
+    // Into tensors of other float types, all or nothing.
+    let file = TensorFile::open(&path).unwrap();
+    let zeros = |(name, t): &(String, Tensor)| {
+        let dtype = if t.dtype().is_float() { DType::F64 } else { t.dtype() };
+        (name.clone(), Tensor::host_zeros(*t.shape(), dtype))
+    };
+    let targets: Vec<(String, Tensor)> = tensors.iter().map(zeros).collect();
+    file.check(&targets).unwrap();
+    file.read_into(&lane, &targets).unwrap();
+    assert_eq!(bits(&targets[0].1), bits(&tensors[0].1));
+    let error = file.check(&targets[1..]).unwrap_err().to_string();
+    assert!(error.contains("1 tensors that are not expected: m.bf16"), "{error}");
 }

@@ -7,7 +7,7 @@ mod config;
 mod tensors;
 
 pub use config::read_config;
-pub use tensors::{TensorFile, read_tensors, write_tensors};
+pub use tensors::{TensorFile, write_tensors};
 
 use super::{ModelConfig, Transformer};
 use crate::autograd::Init;
@@ -15,7 +15,7 @@ use crate::device::Lane;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -33,29 +33,27 @@ fn bad(path: &Path, reason: impl Into<String>) -> Error {
 ///
 /// # Errors
 /// If a file cannot be written, or the device fails.
-pub fn save(lane: &Lane, dir: &Path, model: &Transformer) -> Result<()> {
+pub fn write(dir: &Path, lane: &Lane, model: &Transformer) -> Result<()> {
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     config::write_config(&dir.join(CONFIG), model.config(), model.dtype())?;
-    // transformers refuses files that do not name the framework whose layout they follow.
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    write_tensors(lane, &dir.join(WEIGHTS), tensors_on_disk(model)?, metadata)
+    write_tensors(&dir.join(WEIGHTS), lane, tensors_on_disk(model)?)
 }
 
 /// The model in the folder `dir`, on `lane`'s device, its weights converted to `dtype`.
 ///
 /// # Errors
 /// If the folder is not a whole checkpoint of a model known here: names the file, the tensor, and the rule.
-pub fn load(lane: &Lane, dir: &Path, dtype: DType) -> Result<Transformer> {
-    load_as(lane, dir, dtype, &read_config(dir)?)
+pub fn load(dir: &Path, lane: &Lane, dtype: DType) -> Result<Transformer> {
+    load_as(dir, lane, dtype, &read_config(dir)?)
 }
 
 /// [`load`] with settings that replace the folder's: others that need the same tensors, such as another capacity.
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_as(lane: &Lane, dir: &Path, dtype: DType, config: &ModelConfig) -> Result<Transformer> {
-    let model = Transformer::new(&Init::new(lane, dtype, 0), config)?;
-    load_weights(lane, dir, &model)?;
+pub fn load_as(dir: &Path, lane: &Lane, dtype: DType, config: &ModelConfig) -> Result<Transformer> {
+    let model = Transformer::new(&Init::zeros(lane, dtype), config)?;
+    load_into(dir, lane, &model)?;
     Ok(model)
 }
 
@@ -65,39 +63,11 @@ pub fn load_as(lane: &Lane, dir: &Path, dtype: DType, config: &ModelConfig) -> R
 /// # Errors
 /// If a file is missing or broken, a tensor is missing, of another shape or not of floats, or one is there that the model
 /// has not: names the file, the tensor, and the rule.
-pub fn load_weights(lane: &Lane, dir: &Path, model: &Transformer) -> Result<()> {
+pub fn load_into(dir: &Path, lane: &Lane, model: &Transformer) -> Result<()> {
     let (listing, shards) = open_shards(dir)?;
-    let mut found: BTreeMap<&str, &TensorFile> = BTreeMap::new();
-    for shard in &shards {
-        for name in shard.names() {
-            if let Some(first) = found.insert(name, shard) {
-                return Err(bad(shard.path(), format!("tensor {name} is in {} as well", first.path().display())));
-            }
-        }
-    }
-    let wanted = tensors_on_disk(model)?;
-    let mut plan = Vec::with_capacity(wanted.len());
-    for (name, target) in &wanted {
-        let Some(shard) = found.remove(name.as_str()) else {
-            return Err(bad(&listing, format!("tensor {name} of shape {} is missing", target.shape())));
-        };
-        let (dtype, shape) = shard.info(name)?;
-        if shape != *target.shape() || !dtype.is_float() {
-            let reason = format!("tensor {name} is {dtype} {shape}, the model takes floats of {}", target.shape());
-            return Err(bad(shard.path(), reason));
-        }
-        plan.push((name, shard, target));
-    }
-    if !found.is_empty() {
-        let names: Vec<&str> = found.keys().take(8).copied().collect();
-        let more = if found.len() > names.len() { ", …" } else { "" };
-        let reason = format!("{} tensors that the model has not: {}{more}", found.len(), names.join(", "));
-        return Err(bad(&listing, reason));
-    }
-    for (name, shard, target) in plan {
-        lane.copy(&lane.to_device(&shard.read(name)?)?, target)?;
-    }
-    Ok(())
+    let targets = tensors_on_disk(model)?;
+    let holders = tensors::locate(&listing, &shards, &targets)?;
+    targets.iter().zip(holders).try_for_each(|((name, target), shard)| shard.copy_to(lane, name, target))
 }
 
 /// Every parameter and buffer under its name on disk, sharing the model's memory: a stack of experts is one tensor per

@@ -35,13 +35,7 @@ fn from_disk(dtype: Dtype) -> Option<DType> {
 ///
 /// # Errors
 /// If two have one name, the file cannot be written, or the device fails. The file is then as it was before.
-pub fn write_tensors(
-    lane: &Lane,
-    path: &Path,
-    tensors: impl IntoIterator<Item = (String, Tensor)>,
-    metadata: HashMap<String, String>,
-) -> Result<()> {
-    let mut tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
+pub fn write_tensors(path: &Path, lane: &Lane, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
     let mut names = HashSet::new();
     if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(name.as_str())) {
         return Err(bad(path, format!("two tensors are named {name}")));
@@ -56,7 +50,9 @@ pub fn write_tensors(
         (name.clone(), info)
     });
     let invalid = |e: &dyn std::fmt::Display| bad(path, format!("no header for these tensors: {e}"));
-    let header = Metadata::new(Some(metadata), infos.collect()).map_err(|e| invalid(&e))?;
+    // transformers refuses files that do not name the framework whose layout they follow.
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let header = Metadata::new(Some(format), infos.collect()).map_err(|e| invalid(&e))?;
     let mut header = serde_json::to_vec(&header).map_err(|e| invalid(&e))?;
     header.resize(header.len().next_multiple_of(ALIGN), b' ');
 
@@ -74,14 +70,42 @@ fn bytes(host: &Tensor) -> &[u8] {
     unsafe { std::slice::from_raw_parts(host.ptr(), host.elements() * host.dtype().size()) }
 }
 
-/// All tensors of a file, by name, in host memory, and the file's metadata.
+/// The file among `files` that holds each of `targets`, which together they hold exactly.
 ///
 /// # Errors
-/// As [`TensorFile::open`] and [`TensorFile::read`].
-pub fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
-    let file = TensorFile::open(path)?;
-    let tensors = file.names().map(|name| Ok((name.to_owned(), file.read(name)?))).collect::<Result<_>>()?;
-    Ok((tensors, file.header.metadata().clone().unwrap_or_default()))
+/// If one is missing (then `listing` is named, the file that says which files there are), twice there, of another shape, or
+/// not of floats where the target is, or if there are others.
+pub(super) fn locate<'a>(
+    listing: &Path,
+    files: &'a [TensorFile],
+    targets: &[(String, Tensor)],
+) -> Result<Vec<&'a TensorFile>> {
+    let mut found: BTreeMap<&str, &TensorFile> = BTreeMap::new();
+    for file in files {
+        for name in file.names() {
+            if let Some(first) = found.insert(name, file) {
+                return Err(bad(&file.path, format!("tensor {name} is in {} as well", first.path.display())));
+            }
+        }
+    }
+    let mut holders = Vec::with_capacity(targets.len());
+    for (name, target) in targets {
+        let Some(file) = found.remove(name.as_str()) else {
+            return Err(bad(listing, format!("tensor {name} of shape {} is missing", target.shape())));
+        };
+        let (dtype, shape) = file.info(name)?;
+        if shape != *target.shape() || dtype.is_float() != target.dtype().is_float() {
+            let reason = format!("tensor {name} is {dtype} {shape}, expected {} {}", target.dtype(), target.shape());
+            return Err(bad(&file.path, reason));
+        }
+        holders.push(file);
+    }
+    if !found.is_empty() {
+        let names: Vec<&str> = found.keys().take(8).copied().collect();
+        let more = if found.len() > names.len() { ", …" } else { "" };
+        return Err(bad(listing, format!("{} tensors that are not expected: {}{more}", found.len(), names.join(", "))));
+    }
+    Ok(holders)
 }
 
 /// A safetensors file, mapped and not read until asked for.
@@ -140,6 +164,26 @@ impl TensorFile {
         // SAFETY: `out` is new host memory of as many bytes: the header's offsets were checked against shape and type.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), out.ptr(), data.len()) };
         Ok(out)
+    }
+
+    /// Fails unless the file holds exactly `targets`, by name and shape; float types may differ.
+    ///
+    /// # Errors
+    /// Names the tensor and what is wrong with it.
+    pub fn check(&self, targets: &[(String, Tensor)]) -> Result<()> {
+        locate(&self.path, std::slice::from_ref(self), targets).map(drop)
+    }
+
+    /// Writes the tensors of `targets`, which [`TensorFile::check`] has found to fit, converted to their types.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read`], and if the device fails.
+    pub fn read_into(&self, lane: &Lane, targets: &[(String, Tensor)]) -> Result<()> {
+        targets.iter().try_for_each(|(name, target)| self.copy_to(lane, name, target))
+    }
+
+    pub(super) fn copy_to(&self, lane: &Lane, name: &str, target: &Tensor) -> Result<()> {
+        lane.copy(&lane.to_device(&self.read(name)?)?, target)
     }
 
     fn find(&self, name: &str) -> Result<(&TensorInfo, DType)> {
