@@ -3,6 +3,8 @@
 pub mod autograd;
 pub mod device;
 mod error;
+pub mod fsio;
+pub mod model;
 pub mod moe;
 mod named;
 pub mod rng;
