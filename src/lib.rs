@@ -7,7 +7,9 @@ pub mod fsio;
 pub mod model;
 pub mod moe;
 mod named;
+pub mod report;
 pub mod rng;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

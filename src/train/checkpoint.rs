@@ -32,7 +32,8 @@ pub struct RunState {
     pub samples: u64,
 }
 
-const FORMAT: u32 = 1;
+/// The version of the layout written here.
+pub const FORMAT: u32 = 1;
 
 /// Writes `dir/step-NNNNNN` and removes the oldest checkpoints beyond `keep_last`. Returns the new folder.
 ///
@@ -45,8 +46,7 @@ pub fn save(dir: &Path, lane: &Lane, trainer: &Trainer, state: &RunState, keep_l
         weights::write(tmp, lane, trainer.model())?;
         let tensors = trainer.optimizer().state().into_iter().chain(buffers(trainer));
         weights::write_tensors(&tmp.join(OPTIMIZER), lane, tensors.collect())?;
-        let state = RunState { format: FORMAT, ..state.clone() };
-        let text = serde_json::to_string_pretty(&state).map_err(|e| Error::Config(format!("run state: {e}")))?;
+        let text = serde_json::to_string_pretty(state).map_err(|e| Error::Config(format!("run state: {e}")))?;
         let file = tmp.join(STATE);
         fsio::atomic_write(&file, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io(&file, e)))
     })?;

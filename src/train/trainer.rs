@@ -147,7 +147,7 @@ impl Trainer {
     /// If the device fails.
     pub fn evaluate(&self, windows: usize) -> Result<f64> {
         let (seq, batch) = (self.config.seq, self.config.batch.min(windows));
-        let windows = self.corpus.eval_windows(seq, windows)?;
+        let windows = self.corpus.held_out_windows(seq, windows);
         let mut sum = 0.0;
         for chunk in windows.chunks(batch) {
             let ids: Vec<i32> = chunk.iter().flat_map(|w| w[..seq].iter().map(|&b| i32::from(b))).collect();
@@ -171,7 +171,7 @@ impl Trainer {
         let seq = self.config.seq;
         let (mut ids, mut targets) = (Vec::new(), Vec::new());
         for sample in first..first + self.config.batch as u64 {
-            let window = self.corpus.train_window(self.config.seed, sample, seq)?;
+            let window = self.corpus.train_window(self.config.seed, sample, seq);
             ids.extend(window[..seq].iter().map(|&b| i32::from(b)));
             targets.extend(window[1..].iter().map(|&b| i32::from(b)));
         }

@@ -124,7 +124,7 @@ def run(name, inputs, forward, wanted, settings, count="all", z_weight=Z):
         tensors[f"grad.{n}"] = g
     tensors = {n: np.atleast_1d(np.asarray(v)) for n, v in tensors.items()}
     tensors = {
-        n: np.ascontiguousarray(v, dtype=np.int64 if np.issubdtype(v.dtype, np.integer) else np.float64)
+        n: np.ascontiguousarray(v, dtype=np.int32 if np.issubdtype(v.dtype, np.integer) else np.float64)
         for n, v in tensors.items()
     }
     settings = {**settings, "count": count, "z_weight": z_weight, "balance_weight": BALANCE}

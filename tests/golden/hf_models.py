@@ -112,7 +112,7 @@ def tiny_mixtral():
     with torch.no_grad():
         out = model(ids, labels=ids, output_router_logits=True)
         plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].reshape(-1, 64), ids[:, 1:].reshape(-1))
-    save_file({"input_ids": ids, "logits": out.logits.double().contiguous(), "loss": plain.reshape(1),
+    save_file({"input_ids": ids.int(), "logits": out.logits.double().contiguous(), "loss": plain.reshape(1),
                "aux_loss": out.aux_loss.double().reshape(1)}, OUT / "hf_tiny_mixtral_logits.safetensors")
     model.to(single).save_pretrained(folder, max_shard_size="100KB")
     shards = sorted(folder.glob("*.safetensors"))
