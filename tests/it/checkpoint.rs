@@ -357,6 +357,7 @@ fn tensors_of_every_type_come_back() {
 
     // Into tensors of other float types, all or nothing.
     let file = TensorFile::open(&path).unwrap();
+    assert_eq!(file.metadata()["format"], "pt");
     let zeros = |(name, t): &(String, Tensor)| {
         let dtype = if t.dtype().is_float() { DType::F64 } else { t.dtype() };
         (name.clone(), Tensor::host_zeros(*t.shape(), dtype))

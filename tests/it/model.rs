@@ -71,7 +71,9 @@ fn forward_shapes_and_finite_values() {
                 let seen = values(&lane.cast(t, DType::F64).unwrap());
                 assert!(seen.iter().all(|v| v.is_finite()), "{arch:?} {dtype}: {seen:?}");
             }
-            assert!(lane.scalar(out.aux_loss.value()).unwrap() > 0.0);
+            let balance: f64 = out.routings.iter().map(|r| r.stats(&lane).unwrap().balance_loss).sum();
+            let aux = lane.scalar(out.aux_loss.value()).unwrap();
+            assert!(aux > 0.0 && (aux - config.moe.balance_weight * balance).abs() < 1e-6 * aux, "{aux} of {balance}");
         }
     }
 }

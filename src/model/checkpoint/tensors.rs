@@ -143,6 +143,11 @@ impl TensorFile {
         self.names.iter().map(String::as_str)
     }
 
+    /// What the file says about itself, by name.
+    pub fn metadata(&self) -> HashMap<String, String> {
+        self.header.metadata().clone().unwrap_or_default()
+    }
+
     /// A tensor's type and shape.
     ///
     /// # Errors
