@@ -3,15 +3,17 @@
 Written from the papers with NumPy alone; gradients of L = sum(y * dy) + 0.01 * balance + 0.001 * z come from complex
 steps (f(v + ih).imag / h is exact to rounding), so nothing here shares a derivation with the engine.
 
-    python3 tests/golden/gates.py        # writes gate_*.safetensors beside this file
+    python3 tests/golden/gates.py [OUTDIR]        # writes gate_*.safetensors beside this file, or to OUTDIR
 """
+import json
 import math
 import os
+import sys
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+OUT = sys.argv[1] if len(sys.argv) > 1 else os.path.dirname(os.path.abspath(__file__))
 M, E, H = 12, 8, 10
 BALANCE, Z = 0.01, 0.001
 
@@ -61,7 +63,7 @@ def slots_of(experts, capacity, priority=None):
 
 
 def token_choice(case, v, scores, probs, logits, select, k, f, groups, normalise, scale=1.0, eps=0.0,
-                 prioritised=False):
+                 prioritised=False, ties=False):
     """Everything after a gate's scores. `select` is what choices are made by, `scores` are the weights before
     normalisation, `probs` enter the balance loss."""
     x, tokens = v["x"], len(v["x"])
@@ -69,8 +71,9 @@ def token_choice(case, v, scores, probs, logits, select, k, f, groups, normalise
     if "experts" not in case:
         case["experts"] = top_k(select, k)
         ranked = -np.sort(-select, axis=-1)
-        gap = (ranked[:, :k] - ranked[:, 1 : k + 1]).min()
-        assert gap > 1e-6, f"a choice hangs on {gap}"
+        gaps = ranked[:, :k] - ranked[:, 1 : k + 1]
+        assert (gaps[gaps > 0] > 1e-6).all(), f"a choice hangs on {gaps[gaps > 0].min()}"
+        assert ties == (gaps == 0).any(), "exact ties are for the case that is about them"
     experts = case["experts"]
     counts = np.stack([np.bincount(experts[g * per : (g + 1) * per].reshape(-1), minlength=E) for g in range(groups)])
     capacity = int(counts.max()) if f is None else capacity_of(f, k, per)
@@ -79,6 +82,9 @@ def token_choice(case, v, scores, probs, logits, select, k, f, groups, normalise
         for g in range(groups):
             part = slice(g * per, (g + 1) * per)
             best = np.take_along_axis(scores.real, experts[:, :1], 1)[part, 0] if prioritised else None
+            if prioritised:  # Tokens are in a clear order, or alike.
+                for a, b in zip(*np.nonzero(abs(best[:, None] - best) < 1e-6)):
+                    assert (logits.real[part][a] == logits.real[part][b]).all(), f"the order of {a} and {b} is unclear"
             parts.append(slots_of(experts[part], capacity, best))
         case["slots"] = np.concatenate(parts)
     slots = case["slots"]
@@ -128,7 +134,12 @@ def run(name, inputs, forward, wanted, settings, count="all", z_weight=Z):
         for n, v in tensors.items()
     }
     settings = {**settings, "count": count, "z_weight": z_weight, "balance_weight": BALANCE}
-    save_file(tensors, os.path.join(HERE, f"gate_{name}.safetensors"), {k: str(v) for k, v in settings.items()})
+    data = save(tensors, {k: str(v) for k, v in settings.items()})
+    # The header in sorted order, so that the same values make the same bytes.
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    with open(os.path.join(OUT, f"gate_{name}.safetensors"), "wb") as file:
+        file.write(data[:8] + header.ljust(size) + data[8 + size :])
     print(name, settings, "dropped", out.get("dropped"))
 
 
@@ -169,6 +180,24 @@ def top_k_cases():
                  prioritised=prioritised), count)
 
 
+def ties_case():
+    """Experts and tokens in equal pairs: small whole numbers, so that logits are exact and ties are ties everywhere."""
+    rng, inputs = base(110)
+    inputs["x"] = rng.integers(-1, 2, size=inputs["x"].shape).astype(float)
+    inputs["w"] = rng.integers(-1, 2, size=inputs["w"].shape).astype(float) / 4
+    inputs["w"][5:] = inputs["w"][:3]
+    inputs["x"][rng.permutation(len(inputs["x"]))[:8]] = inputs["x"][0]
+
+    def forward(v, case):
+        logits = v["x"] @ v["w"].T
+        p = softmax(logits)
+        # Chosen by the exact logits: sums in another order may part equal probabilities, never equal logits.
+        return token_choice(case, v, p, p, logits, logits.real, 2, 0.75, 1, True, prioritised=True, ties=True)
+
+    run("top_k2_ties", inputs, forward, ["x", "w"],
+        dict(gate="top-k", k=2, f=0.75, normalise=True, groups=1, prioritised=True), "all")
+
+
 def sigmoid_cases():
     for i, (name, k, f, normalise) in enumerate([("sigmoid1", 1, 1.25, False), ("sigmoid2", 2, 1.0, True)]):
         _, inputs = base(200 + i)
@@ -178,29 +207,42 @@ def sigmoid_cases():
             s = 1 / (1 + np.exp(-logits))
             return token_choice(case, v, s, s / s.sum(1, keepdims=True), logits, s, k, f, 1, normalise)
 
-        run(name, inputs, forward, ["x", "w"], dict(gate="sigmoid", k=k, f=f, normalise=normalise, groups=1), "all", 0.0)
+        run(name, inputs, forward, ["x", "w"], dict(gate="sigmoid", k=k, f=f, normalise=normalise, groups=1), "all",
+            z_weight=0.0)
 
-    # DeepSeek-V3: selection by biased scores inside the best groups of experts, weights from the unbiased scores.
-    k, f, n_group, kept, routed_scale, gamma = 3, 1.25, 4, 2, 2.5, 0.001
-    rng, inputs = base(210)
+    deepseek(210, "sigmoid_deepseek", k=3, groups=1, n_group=4, kept=2)
+    deepseek(221, "sigmoid_deepseek_groups", k=2, groups=2, n_group=2, kept=1)
+
+
+def deepseek(seed, name, k, groups, n_group, kept):
+    """DeepSeek-V3: selection by biased scores inside the best groups of experts, weights from the unbiased scores."""
+    f, routed_scale, gamma = 1.25, 2.5, 0.001
+    rng, inputs = base(seed)
     inputs["bias"] = rng.normal(size=E) * 0.2
 
     def forward(v, case):
         logits = v["x"] @ v["w"].T
         s = 1 / (1 + np.exp(-logits))
         biased = s.real + v["bias"]
-        rank = -np.sort(-biased.reshape(len(s), n_group, E // n_group), axis=-1)[:, :, :2].sum(-1)
+        ranked = -np.sort(-biased.reshape(len(s), n_group, E // n_group), axis=-1)
+        rank = ranked[:, :, :2].sum(-1)
         best = np.argsort(-rank, axis=-1, kind="stable")[:, :kept]
+        gap = -np.diff(-np.sort(-rank, axis=-1), axis=-1)[:, kept - 1].min()
+        assert gap > 1e-6, f"a group hangs on {gap}"
+        if E // n_group > 2:  # The two best of a group, not all and not the best one, make a difference to some tokens.
+            for other in (ranked, ranked[:, :, :1]):
+                assert (best != np.argsort(-other.sum(-1), axis=-1, kind="stable")[:, :kept]).any()
         allowed = np.zeros((len(s), n_group), bool)
         np.put_along_axis(allowed, best, True, 1)
         select = np.where(np.repeat(allowed, E // n_group, axis=1), biased, -9.0)
-        return token_choice(case, v, s, s / s.sum(1, keepdims=True), logits, select, k, f, 1, True, routed_scale, 1e-20)
+        return token_choice(case, v, s, s / s.sum(1, keepdims=True), logits, select, k, f, groups, True, routed_scale,
+                            1e-20)
 
     loads = forward(inputs, {})["loads"].sum(0)
     inputs["bias_after"] = inputs["bias"] + gamma * np.sign(loads.mean() - loads)
-    run("sigmoid_deepseek", inputs, forward, ["x", "w"],
-        dict(gate="sigmoid", k=k, f=f, normalise=True, groups=1, n_group=n_group, kept=kept, routed_scale=routed_scale,
-             gamma=gamma), "all", 0.0)
+    run(name, inputs, forward, ["x", "w"],
+        dict(gate="sigmoid", k=k, f=f, normalise=True, groups=groups, n_group=n_group, kept=kept,
+             routed_scale=routed_scale, gamma=gamma), "all", 0.0)
 
 
 def x_moe_cases():
@@ -225,11 +267,12 @@ def x_moe_cases():
 
 
 def expert_choice_cases():
-    for name, groups in [("expert_choice", 1), ("expert_choice_groups", 2)]:
-        _, inputs = base(400)
-        k, f = 2, 1.0
+    for name, groups, f in [("expert_choice", 1, 1.0), ("expert_choice_groups", 2, 1.0), ("expert_choice_all", 1, 4.5)]:
+        rng, inputs = base(400, tokens=8 if f > 4 else 24)
+        k = 2
         per = len(inputs["x"]) // groups
         capacity = min(capacity_of(f, k, per), per)
+        inputs["rows"] = rng.normal(size=(E, groups * capacity, M))
 
         def forward(v, case):
             logits = v["x"] @ v["w"].T
@@ -245,8 +288,10 @@ def expert_choice_cases():
             for e in range(E):
                 for s, t in enumerate(chosen[e]):
                     y[t] = y[t] + weights[e, s] * outs[e][t]
-            return {"weights": weights, "y": y, "capacity": capacity, "probs": p, "logits": logits,
-                    "z": (np.log(np.exp(logits).sum(1)) ** 2).mean()}
+            combined = np.zeros(v["x"].shape, weights.dtype)
+            np.add.at(combined, chosen, weights[:, :, None] * v["rows"])
+            return {"weights": weights, "y": y, "combined": combined, "capacity": capacity, "probs": p,
+                    "logits": logits, "z": (np.log(np.exp(logits).sum(1)) ** 2).mean()}
 
         run(name, inputs, forward, ["x", "w"], dict(gate="expert-choice", k=k, f=f, groups=groups))
 
@@ -274,6 +319,7 @@ def soft_cases():
 
 
 top_k_cases()
+ties_case()
 sigmoid_cases()
 x_moe_cases()
 expert_choice_cases()
