@@ -2,8 +2,8 @@
 
     python3 tests/golden/hf_models.py OUTDIR
 
-Writes hf_mixtral_block.safetensors, hf_gpt2_block.safetensors (weights under the published names, `in.x`, `in.dout`,
-`out`, `grad.x` and `grad.NAME` for L = sum(out * dout)), the folder hf_tiny_mixtral/ as save_pretrained writes it, and
+Writes hf_mixtral_block.safetensors, hf_gpt2_block.safetensors (`in.x`, `in.dy`, `in.NAME` for every weight,
+`y`, `grad.x` and `grad.NAME` for L = sum(y * dy)), the folder hf_tiny_mixtral/ as save_pretrained writes it, and
 hf_tiny_mixtral_logits.safetensors.
 """
 import sys
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 # transformers computes routers, norms and softmaxes in float32 whatever the model's type; here they are to be exact.
+FLOAT32 = torch.float32
 torch.Tensor.float = torch.Tensor.double
 torch.float32 = torch.float = torch.float64
 
@@ -35,20 +36,13 @@ def randomise(module, std):
             p.data += 1.0 * name.endswith("weight")
 
 
-def published(name, t):
-    """The names and shapes of the published Mixtral checkpoints, from those transformers has in memory."""
+def stacked(name, t):
+    """The published Mixtral names, the matrices of all experts stacked: (E, out, in)."""
     name = name.replace("mlp.", "block_sparse_moe.")
     if name.endswith("experts.gate_up_proj"):
-        stem = name.removesuffix("gate_up_proj")
         half = t.shape[1] // 2
-        for j in range(t.shape[0]):
-            yield f"{stem}{j}.w1.weight", t[j, :half]
-            yield f"{stem}{j}.w3.weight", t[j, half:]
-    elif name.endswith("experts.down_proj"):
-        for j in range(t.shape[0]):
-            yield f"{name.removesuffix('down_proj')}{j}.w2.weight", t[j]
-    else:
-        yield name, t
+        return [(name.replace("gate_up_proj", "w1"), t[:, :half]), (name.replace("gate_up_proj", "w3"), t[:, half:])]
+    return [(name.replace("experts.down_proj", "experts.w2"), t)]
 
 
 def block(path, module, call, names, metadata):
@@ -57,10 +51,10 @@ def block(path, module, call, names, metadata):
     out = out[0] if isinstance(out, tuple) else out
     dout = torch.randn(B, L, M)
     (out * dout).sum().backward()
-    tensors = {"in.x": x, "in.dout": dout, "out": out, "grad.x": x.grad}
+    tensors = {"in.x": x, "in.dy": dout, "y": out, "grad.x": x.grad}
     for name, p in module.named_parameters():
         for n, t in names(name, p):
-            tensors[n] = t
+            tensors[f"in.{n}"] = t
         for n, t in names(name, p.grad):
             tensors[f"grad.{n}"] = t
     tensors = {n: t.detach().clone().contiguous() for n, t in tensors.items()}
@@ -82,8 +76,8 @@ def mixtral_block():
     def call(x):
         return layer(x, position_embeddings=rotary(x, position_ids), attention_mask=MASK, position_ids=position_ids)
 
-    block(OUT / "hf_mixtral_block.safetensors", layer, call, published,
-          dict(heads=4, kv_heads=2, ffn=48, experts=4, top_k=2, eps=1e-5, theta=10000.0))
+    block(OUT / "hf_mixtral_block.safetensors", layer, call, stacked,
+          dict(heads=4, kv_heads=2, top_k=2, rope_theta=10000.0))
 
 
 def gpt2_block():
@@ -93,7 +87,7 @@ def gpt2_block():
     layer = GPT2Block(config, 0)
     randomise(layer, 0.2)
     block(OUT / "hf_gpt2_block.safetensors", layer, lambda x: layer(x, attention_mask=MASK),
-          lambda n, t: [(n, t)], dict(heads=4, ffn=4 * M, eps=1e-5))
+          lambda n, t: [(n, t)], dict(heads=4, kv_heads=4))
 
 
 def tiny_mixtral():
@@ -103,18 +97,17 @@ def tiny_mixtral():
                            rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     config._attn_implementation = "eager"
     model = MixtralForCausalLM(config).eval()
-    single = getattr(torch, "single", None) or next(t for t in (torch.zeros(1).type(torch.FloatTensor).dtype,))
     # The weights are float32 numbers, so that the files hold exactly what the logits are computed from.
     for p in model.parameters():
-        p.data = p.data.to(single).to(torch.float64)
+        p.data = p.data.to(FLOAT32).to(torch.float64)
     folder = OUT / "hf_tiny_mixtral"
     ids = torch.randint(0, 64, (2, 12))
     with torch.no_grad():
         out = model(ids, labels=ids, output_router_logits=True)
         plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].reshape(-1, 64), ids[:, 1:].reshape(-1))
-    save_file({"input_ids": ids.int(), "logits": out.logits.double().contiguous(), "loss": plain.reshape(1),
+    save_file({"ids": ids.int(), "logits": out.logits.double().contiguous(), "loss": plain.reshape(1),
                "aux_loss": out.aux_loss.double().reshape(1)}, OUT / "hf_tiny_mixtral_logits.safetensors")
-    model.to(single).save_pretrained(folder, max_shard_size="100KB")
+    model.to(FLOAT32).save_pretrained(folder, max_shard_size="100KB")
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1, shards
     names = [n for s in shards for n in safe_open(s, "pt").keys()]
