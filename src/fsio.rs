@@ -92,7 +92,9 @@ mod tests {
     fn a_writer_that_fails_halfway_leaves_the_old_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
-        let put = |text: &'static str| atomic_write(&path, move |w| w.write_all(text.as_bytes()).map_err(|e| Error::io("a", e)));
+        let put = |text: &'static str| {
+            atomic_write(&path, move |w| w.write_all(text.as_bytes()).map_err(|e| Error::io("a", e)))
+        };
         put("first").unwrap();
         let failed = atomic_write(&path, |w| {
             w.write_all(&[7; 100_000]).map_err(|e| Error::io("a", e))?;

@@ -40,9 +40,8 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all = || self.header.iter().chain(&self.rows);
         let cell = |row: &Vec<String>, c: usize| row.get(c).cloned().unwrap_or_default();
-        let widths: Vec<usize> = (0..self.align.len())
-            .map(|c| all().map(|row| cell(row, c).chars().count()).max().unwrap_or(0))
-            .collect();
+        let widths: Vec<usize> =
+            (0..self.align.len()).map(|c| all().map(|row| cell(row, c).chars().count()).max().unwrap_or(0)).collect();
         let rule = "─".repeat(widths.iter().sum::<usize>() + 3 * widths.len() - 1);
         let line = |f: &mut fmt::Formatter<'_>, row: &Vec<String>| {
             for (c, (&width, align)) in widths.iter().zip(&self.align).enumerate() {
@@ -74,6 +73,9 @@ mod tests {
         let mut t = Table::new(&[Align::Left, Align::Right]).header(["gate", "µs"]);
         t.row(["top-k", "9"]);
         t.row(["x", "1234"]);
-        assert_eq!(t.to_string(), "─────────────\n gate     µs\n─────────────\n top-k     9\n x      1234\n─────────────\n");
+        assert_eq!(
+            t.to_string(),
+            "─────────────\n gate     µs\n─────────────\n top-k     9\n x      1234\n─────────────\n"
+        );
     }
 }

@@ -11,7 +11,6 @@ use crate::fsio;
 use crate::model::checkpoint as weights;
 use crate::tensor::Tensor;
 use serde::{Deserialize, Serialize};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const OPTIMIZER: &str = "optimizer.safetensors";

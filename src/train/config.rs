@@ -343,7 +343,11 @@ impl TrainConfig {
             config_err!("--min-lr-ratio {}: it is between 0 and 1", self.min_lr_ratio);
         }
         if self.stop_at > self.steps {
-            config_err!("--stop-at {} of --steps {}: a run ends at the schedule's end at the latest", self.stop_at, self.steps);
+            config_err!(
+                "--stop-at {} of --steps {}: a run ends at the schedule's end at the latest",
+                self.stop_at,
+                self.steps
+            );
         }
         if self.warmup > self.steps {
             config_err!("--warmup {} of --steps {}: the warm-up is part of the schedule", self.warmup, self.steps);
@@ -362,7 +366,8 @@ mod tests {
 
     #[test]
     fn flags_win_over_the_file_and_the_file_over_defaults() {
-        let file: Settings = toml::from_str("steps = 7\nbatch = 3\ngate = \"sigmoid\"\ncapacity_factor = \"*\"").unwrap();
+        let file: Settings =
+            toml::from_str("steps = 7\nbatch = 3\ngate = \"sigmoid\"\ncapacity_factor = \"*\"").unwrap();
         let flags = Settings { steps: Some(9), ..Settings::default() };
         let (train, model) = flags.or(file).resolve().unwrap();
         assert_eq!((train.steps, train.stop_at, train.batch, train.seq), (9, 9, 3, 128));

@@ -3,10 +3,10 @@
 use super::checkpoint::{self, RunState};
 use super::config::{Settings, TrainConfig};
 use super::data::Corpus;
+use super::interrupt;
 use super::progress::{DoneEvent, EvalEvent, Reporter, StepEvent};
 use super::run::{Metrics, RunDir};
 use super::trainer::{StepOutcome, Trainer};
-use super::interrupt;
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;

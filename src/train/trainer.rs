@@ -126,10 +126,7 @@ impl Trainer {
                 sum.merge(&routing.stats(&self.lane)?);
             }
             let one = |like: &Tensor| self.lane.full(*like.shape(), like.dtype(), 1.0);
-            tape.backward(&[
-                (&loss, one(loss.value())?),
-                (&result.aux_loss, one(result.aux_loss.value())?),
-            ])?;
+            tape.backward(&[(&loss, one(loss.value())?), (&result.aux_loss, one(result.aux_loss.value())?)])?;
         }
         out.grad_norm = self.optimizer.measure(1.0 / micro as f64).map_err(|e| match e {
             Error::Numeric(what) => Error::Numeric(format!("step {}: {what}; {}", self.step, Self::advice())),
