@@ -4,6 +4,7 @@
 
 mod checkpoint;
 mod cuda;
+mod golden_gates;
 mod golden_models;
 mod gradients;
 mod model;
