@@ -12,7 +12,7 @@ const STEPS: u64 = 300;
 
 /// Fits `layer` to a fixed nonlinear function of random tokens with AdamW, prints the loss before and after, and fails
 /// unless it has fallen to less than a tenth.
-pub fn train(name: &str, layer: &MoeLayer) -> Result<()> {
+pub(crate) fn train(name: &str, layer: &MoeLayer) -> Result<()> {
     let lane = Lane::cpu();
     let width = layer.config().hidden;
     let x = normal(&lane, 1, [TOKENS, width])?;

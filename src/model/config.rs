@@ -3,7 +3,7 @@
 use crate::error::{Result, config_err};
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
-use crate::moe::{Capacity, MoeConfig};
+use crate::moe::MoeConfig;
 use serde::{Deserialize, Serialize};
 
 /// Whose blocks a model has.
@@ -158,15 +158,6 @@ impl ModelConfig {
             output_std: Some(self.output_std()),
             ..self.moe.clone()
         }
-    }
-
-    /// The same model that drops no token, for evaluation and sampling, where tokens should not compete for slots. A gate
-    /// whose experts take a fixed number of rows keeps its capacity.
-    pub fn dropless(mut self) -> Self {
-        if !matches!(self.moe.gate, GateKind::ExpertChoice | GateKind::Soft) {
-            self.moe.capacity = Capacity::Dropless;
-        }
-        self
     }
 
     /// All parameters.

@@ -63,7 +63,7 @@ impl Sampling {
 }
 
 /// Continues `prompt` by `count` tokens, which `each` is given as they come. The model sees at most its last `max_seq`
-/// tokens. Build it from [`super::ModelConfig::dropless`], or tokens of a prompt compete for slots.
+/// tokens.
 ///
 /// Keys and values are cached; when they fill the context, they are computed anew for its later half, so the context then
 /// varies between half of `max_seq` and all of it. A gate that sees other tokens rules a cache out, and every token costs

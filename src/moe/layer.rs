@@ -30,7 +30,8 @@ pub struct MoeConfig {
     pub hidden: usize,
     /// H, an expert's inner width.
     pub ffn: usize,
-    /// Rows per expert and routing group. SoftMoE's are [`MoeConfig::soft_slots`].
+    /// Rows per expert and routing group in training; evaluation drops nothing where tokens choose their experts. SoftMoE's
+    /// rows are [`MoeConfig::soft_slots`].
     pub capacity: Capacity,
     /// G, routing groups of consecutive tokens that routing and capacity act on apart.
     pub groups: usize,
@@ -311,7 +312,11 @@ struct Run {
 
 impl Inner {
     fn gate_context<'a>(&self, lane: &'a Lane, step: StepContext) -> GateContext<'a> {
-        GateContext { lane, groups: self.config.groups, capacity: self.config.capacity, step }
+        // In evaluation tokens do not compete for slots, so that a loss does not depend on what shares a batch. A gate that
+        // looks at other tokens in any case has a fixed number of rows.
+        let dropless = !step.train && !self.gate.sees_other_tokens();
+        let capacity = if dropless { Capacity::Dropless } else { self.config.capacity };
+        GateContext { lane, groups: self.config.groups, capacity, step }
     }
 
     fn forward(&self, lane: &Lane, x: &Tensor, step: StepContext) -> Result<(Tensor, Run)> {

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use fsmoe::device::Gelu;
 use fsmoe::device::cuda::{
-    self, Activations, Context, CudaError, CudaSlice, Element, GateUp, GateUpMut, Gelu, Matrix, MatrixMut, Modules,
+    self, Activations, Context, CudaError, CudaSlice, Element, GateUp, GateUpMut, Matrix, MatrixMut, Modules,
     Stream,
 };
 use half::{bf16, f16};

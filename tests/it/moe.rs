@@ -63,7 +63,8 @@ fn check_layer(name: &str, layer: &MoeLayer) -> Routing {
     let x = random(5, [TOKENS, layer.config().hidden]);
     let routing = run(layer, &x, STEP).routing;
     let expected = decisions(&routing);
-    let outputs: [(&str, fn(MoeOutput) -> Vec<Var>); 3] =
+    type Select = fn(MoeOutput) -> Vec<Var>;
+    let outputs: [(&str, Select); 3] =
         [("y and loss", |out| vec![out.y, out.aux_loss]), ("y", |out| vec![out.y]), ("loss", |out| vec![out.aux_loss])];
     for (which, select) in outputs {
         let name = format!("{name}, {which}");

@@ -7,6 +7,7 @@ use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
 use half::{bf16, f16};
 
 use super::{CudaError, Launch, Modules};
+use crate::device::Gelu;
 
 /// Threads of a block; the kernels take any number.
 const THREADS: u32 = 256;
@@ -14,17 +15,8 @@ const THREADS: u32 = 256;
 /// nothing left to do: each walks the data in steps of the grid.
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 8;
 
-/// The two definitions of GELU in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gelu {
-    /// x · (1 + erf(x/√2)) / 2, the definition of Hendrycks and Gimpel (2016).
-    Erf,
-    /// x · (1 + tanh(√(2/π) · (x + 0.044715 x³))) / 2, GPT-2's approximation, Hugging Face's `gelu_new`.
-    Tanh,
-}
-
 mod sealed {
-    use super::Gelu;
+    use crate::device::Gelu;
 
     /// The kernels' entry points, one per element type.
     #[derive(Clone, Copy, Debug)]

@@ -14,7 +14,7 @@ mod modules;
 pub mod probe;
 mod selftest;
 
-pub use activations::{Activations, Element, GateUp, GateUpMut, Gelu, Matrix, MatrixMut};
+pub use activations::{Activations, Element, GateUp, GateUpMut, Matrix, MatrixMut};
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};

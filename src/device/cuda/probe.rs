@@ -90,6 +90,8 @@ pub struct Probe {
     pub kernels: Finding<Kernels>,
     /// The GPU on which all of this works, its kernels loaded and tried, `cuda:0` for instance.
     pub usable: Finding<String>,
+    /// Threads that CPU kernels run on.
+    pub threads: usize,
 }
 
 /// Looks at this machine. Where there is a GPU that looks usable, tries the embedded kernels on it (about a second).
@@ -119,6 +121,7 @@ pub fn probe() -> Probe {
             })
             .into(),
         usable: usable.into(),
+        threads: rayon::current_num_threads(),
     }
 }
 
@@ -147,9 +150,10 @@ impl Probe {
             }),
         ));
         lines.push((
-            "GPU to use",
+            "usable GPU",
             or_reason(&self.usable, |gpu| format!("{gpu}: the kernels load on it and give the right answers")),
         ));
+        lines.push(("train, sample", format!("on the CPU, {} threads", self.threads)));
         lines
     }
 }
