@@ -7,7 +7,7 @@ use fsmoe::device::Lane;
 use fsmoe::model::checkpoint::{TensorFile, load, load_as, load_into, read_config, write, write_tensors};
 use fsmoe::model::{Arch, ModelConfig, Transformer};
 use fsmoe::moe::gate::{GateKind, SigmoidOptions};
-use fsmoe::moe::{Capacity, MoeConfig};
+use fsmoe::moe::MoeConfig;
 use fsmoe::tensor::{DType, Tensor};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
