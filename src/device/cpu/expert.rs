@@ -1,14 +1,12 @@
 //! Activations of the expert FFNs.
 
 use super::Cpu;
-use super::math::same;
-use super::util::{Num, Real, float_type, for_rows, for_rows2, input, output};
+use super::math::{PIECE, apart, same};
+use super::util::{Num, Real, distinct, float_type, for_rows, in_place, input, on_host, output};
 use crate::device::{ExpertKernels, Gelu};
 use crate::error::{Result, shape_err};
 use crate::tensor::{Element, Tensor};
-
-/// Elements handled at a time: long enough to vectorise, short enough to share among threads.
-const PIECE: usize = 1024;
+use rayon::prelude::*;
 
 impl ExpertKernels for Cpu {
     fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> {
@@ -30,7 +28,7 @@ impl ExpertKernels for Cpu {
         same("gelu_backward", x, &[dy, dx])?;
         float_type!("gelu_backward", x.dtype(), T => {
             let x = input::<T>(x)?;
-            if dy.ptr() != dx.ptr() {
+            if !in_place("gelu_backward", dy, dx)? {
                 // One path for both cases: the gradient is then scaled in place.
                 output::<T>(dx)?.copy_from_slice(input::<T>(dy)?);
             }
@@ -63,6 +61,13 @@ impl ExpertKernels for Cpu {
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, d_gate: &Tensor, d_up: &Tensor) -> Result<()> {
         check_rows("swiglu_backward", dy, &[gate, up, d_gate, d_up])?;
         let (rows, width) = dy.rows();
+        for out in [d_gate, d_up] {
+            distinct("swiglu_backward", out)?;
+            [gate, up, dy].into_iter().try_for_each(|x| apart("swiglu_backward", x, out))?;
+        }
+        if d_gate.overlaps(d_up) && !side_by_side(d_gate, d_up) {
+            shape_err!("swiglu_backward: d_gate and d_up share memory");
+        }
         float_type!("swiglu_backward", dy.dtype(), T => {
             let (gate, up, dy) = (Strided::<T>::new(gate), Strided::<T>::new(up), input::<T>(dy)?);
             let row = |r: usize, d_gate: &mut [T], d_up: &mut [T]| {
@@ -74,17 +79,13 @@ impl ExpertKernels for Cpu {
                     *du = T::put(dy * g * s);
                 }
             };
-            if d_gate.is_contiguous() && d_up.is_contiguous() {
-                for_rows2(output::<T>(d_gate)?, width, output::<T>(d_up)?, width, row);
-            } else {
-                let (d_gate, d_up) = (Strided::<T>::new(d_gate), Strided::<T>::new(d_up));
-                for r in 0..rows {
-                    // SAFETY: rows of the two outputs are disjoint (each is a matrix with its row stride at least its
-                    // width, and the contract forbids overlap), and no other thread runs on them.
-                    let (dg, du) = unsafe { (d_gate.row_mut(r), d_up.row_mut(r)) };
-                    row(r, dg, du);
-                }
-            }
+            let (d_gate, d_up) = (Strided::<T>::new(d_gate), Strided::<T>::new(d_up));
+            (0..rows).into_par_iter().with_min_len((4 * PIECE).div_ceil(width.max(1))).for_each(|r| {
+                // SAFETY: a row belongs to one task; rows of an output, and the two outputs, have no element in common
+                // (checked).
+                let (dg, du) = unsafe { (d_gate.row_mut(r), d_up.row_mut(r)) };
+                row(r, dg, du);
+            });
         });
         Ok(())
     }
@@ -113,6 +114,17 @@ fn tanh_cdf<A: Real>(x: A) -> (A, A) {
 fn tanh_slope<A: Real>(x: A) -> A {
     let (cdf, du) = tanh_cdf(x);
     cdf + x * A::of(2.0) * cdf * (A::one() - cdf) * du
+}
+
+/// Whether two matrices are different columns of one wider buffer.
+fn side_by_side(a: &Tensor, b: &Tensor) -> bool {
+    let between = (a.ptr() as usize).abs_diff(b.ptr() as usize) / a.dtype().size();
+    match (a.layout().strides(), a.dim(1)) {
+        (&[stride, _], width) => {
+            a.layout().strides() == b.layout().strides() && width <= between && between + width <= stride
+        }
+        _ => false,
+    }
 }
 
 /// A matrix whose rows are contiguous, with a stride between them.
@@ -151,6 +163,7 @@ impl<T: Element> Strided<T> {
 /// Fails unless the tensors are rows of `like`'s shape and dtype: contiguous, or (R, H) with unit stride inside a row.
 fn check_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
     same(op, like, others)?;
+    on_host(op, others)?;
     for t in others {
         if !t.is_contiguous() && (t.rank() != 2 || t.layout().strides()[1] != 1 || t.layout().strides()[0] < t.dim(1)) {
             shape_err!("{op}: strides {:?} of {}: rows must be contiguous", t.layout().strides(), t.shape());

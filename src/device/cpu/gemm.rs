@@ -1,7 +1,7 @@
 //! Batched matrix products over any strides, through the `gemm` crate.
 
 use super::Cpu;
-use super::util::acc_type;
+use super::util::{acc_type, distinct, on_host};
 use crate::device::{MathKernels, MemoryKernels};
 use crate::error::{Result, shape_err};
 use crate::tensor::Tensor;
@@ -132,6 +132,8 @@ fn check(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Sizes> {
             c.shape()
         )
     };
+    on_host("gemm", &[a, b, c])?;
+    distinct("gemm", c)?;
     if a.rank() < 2 || b.rank() < 2 || c.rank() < 2 {
         return wrong("each needs two dimensions or more");
     }
@@ -170,16 +172,18 @@ fn run<T: 'static + num_traits::Float + Send + Sync>(
     let batches = c.elements() / (sizes.m * sizes.n);
     let (a, b, c) = (Batch::new(a), Batch::new(b), Batch::new(c));
     let one = |i: usize, parallelism: Parallelism| {
-        // SAFETY: tensors lie inside their storage; c overlaps neither operand (checked), and two batches of c do not
-        // overlap each other, as no layout this crate makes for an output repeats elements.
+        // SAFETY: tensors lie inside their storage; c overlaps neither operand and its elements are distinct, so
+        // that batches do not overlap (both checked).
         unsafe { product(sizes, alpha, a.input::<T>(i), b.input::<T>(i), beta, c.matrix::<T>(i), parallelism) }
     };
-    // Many matrices: one thread each; few: all threads on each. The choice depends on shapes alone.
+    // Many matrices: one thread each, tiny ones several to a thread; few: all threads on each. The choice depends on
+    // shapes alone.
+    const SMALL: usize = 64 * 64 * 64;
+    let work = (sizes.m * sizes.n * sizes.k).max(1);
     if batches >= 4 {
-        (0..batches).into_par_iter().for_each(|i| one(i, Parallelism::None));
+        (0..batches).into_par_iter().with_min_len(SMALL.div_ceil(work)).for_each(|i| one(i, Parallelism::None));
     } else {
-        let small = sizes.m * sizes.n * sizes.k < 64 * 64 * 64;
-        (0..batches).for_each(|i| one(i, if small { Parallelism::None } else { Parallelism::Rayon(0) }));
+        (0..batches).for_each(|i| one(i, if work < SMALL { Parallelism::None } else { Parallelism::Rayon(0) }));
     }
 }
 

@@ -1,11 +1,14 @@
 //! Elementwise operations, softmax, row sums and norms.
 
 use super::Cpu;
-use super::util::{Num, Real, expect, float_type, for_rows, for_rows2, input, output, sum_blocks};
+use super::util::{Num, Real, expect, float_type, for_rows, for_rows2, in_place, input, max, output, sum, sum_blocks};
 use crate::device::MathKernels;
 use crate::error::{Result, shape_err};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
+
+/// Elements that an elementwise loop takes at a time: long enough to vectorise, short enough to share among threads.
+pub(super) const PIECE: usize = 1024;
 
 impl MathKernels for Cpu {
     fn gemm(&self, alpha: f64, a: &Tensor, b: &Tensor, beta: f64, c: &Tensor) -> Result<()> {
@@ -14,29 +17,32 @@ impl MathKernels for Cpu {
 
     fn add(&self, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
         check_binary("add", a, b, out)?;
-        float_type!("add", a.dtype(), T => binary::<T>(a, b, out, |x, y| x + y))
+        float_type!("add", a.dtype(), T => binary::<T>("add", a, b, out, |x, y| x + y))
     }
 
     fn mul(&self, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
         check_binary("mul", a, b, out)?;
-        float_type!("mul", a.dtype(), T => binary::<T>(a, b, out, |x, y| x * y))
+        float_type!("mul", a.dtype(), T => binary::<T>("mul", a, b, out, |x, y| x * y))
     }
 
     fn axpby(&self, alpha: f64, x: &Tensor, beta: f64, y: &Tensor) -> Result<()> {
         if x.shape() != y.shape() {
             shape_err!("axpby: x is {}, y is {}", x.shape(), y.shape());
         }
+        apart("axpby", x, y)?;
         float_type!("axpby", x.dtype(), X => float_type!("axpby", y.dtype(), Y => {
             type A = <Y as Num>::Acc;
             let (alpha, beta) = (alpha as A, beta as A);
             let x = input::<X>(x)?;
-            let y = output::<Y>(y)?;
-            // Two loops: with beta 0, y may hold anything, NaN included.
-            let each = |(y, x): (&mut Y, &X)| {
-                let x = alpha * x.get() as A;
-                *y = Y::put(if beta == 0.0 { x } else { x + beta * y.get() });
-            };
-            y.par_iter_mut().with_min_len(16 * 1024).zip(x).for_each(each);
+            for_rows(output::<Y>(y)?, PIECE, |r, y| {
+                let x = &x[r * PIECE..][..y.len()];
+                // Two loops: with beta 0, y may hold anything, NaN included.
+                if beta == 0.0 {
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::put(alpha * x.get() as A));
+                } else {
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::put(alpha * x.get() as A + beta * y.get()));
+                }
+            });
         }));
         Ok(())
     }
@@ -45,6 +51,10 @@ impl MathKernels for Cpu {
         let (rows, width) = x.rows();
         if out.elements() != width {
             shape_err!("sum_rows: rows of {width} into {}", out.shape());
+        }
+        same_or_acc("sum_rows", x, out)?;
+        if width == 0 {
+            return Ok(());
         }
         float_type!("sum_rows", x.dtype(), T => float_type!("sum_rows", out.dtype(), O => {
             type A = <T as Num>::Acc;
@@ -66,17 +76,19 @@ impl MathKernels for Cpu {
         if x.shape() != y.shape() {
             shape_err!("softmax: x is {}, y is {}", x.shape(), y.shape());
         }
+        same_or_acc("softmax", x, y)?;
+        apart("softmax", x, y)?;
         let width = x.rows().1;
         float_type!("softmax", x.dtype(), X => float_type!("softmax", y.dtype(), Y => {
-            type A = <X as Num>::Acc;
             let x = input::<X>(x)?;
-            for_rows(output::<Y>(y)?, width, |r, row| {
+            for_rows(output::<Y>(y)?, width, |r, y| {
                 let x = &x[r * width..][..width];
-                let max = x.iter().fold(A::NEG_INFINITY, |m, v| m.max(v.get()));
-                let mut exps = vec![0.0 as A; width];
-                exps.iter_mut().zip(x).for_each(|(e, v)| *e = (v.get() - max).fast_exp());
-                let scale = 1.0 / exps.iter().sum::<A>();
-                row.iter_mut().zip(exps).for_each(|(y, e)| *y = Y::put(<Y as Num>::Acc::of((e * scale).f64())));
+                let most = max(x);
+                // Exponentials are computed twice: kept in a 16-bit y they would be rounded twice.
+                let scale = 1.0 / sum([x], |[x]| (x - most).fast_exp());
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = Y::put(<Y as Num>::Acc::of(((x.get() - most).fast_exp() * scale).f64()));
+                }
             });
         }));
         Ok(())
@@ -89,7 +101,7 @@ impl MathKernels for Cpu {
             let (y, dy) = (input::<T>(y)?, input::<T>(dy)?);
             for_rows(output::<T>(dx)?, width, |r, dx| {
                 let (y, dy) = (&y[r * width..][..width], &dy[r * width..][..width]);
-                let inner: <T as Num>::Acc = y.iter().zip(dy).map(|(a, b)| a.get() * b.get()).sum();
+                let inner = sum([y, dy], |[y, dy]| y * dy);
                 for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
                     *dx = T::put(y.get() * (dy.get() - inner));
                 }
@@ -102,7 +114,9 @@ impl MathKernels for Cpu {
         same("sigmoid", x, &[y])?;
         float_type!("sigmoid", x.dtype(), T => {
             let x = input::<T>(x)?;
-            for_rows(output::<T>(y)?, 1, |i, y| y[0] = T::put(x[i].get().sigmoid()));
+            for_rows(output::<T>(y)?, PIECE, |r, y| {
+                y.iter_mut().zip(&x[r * PIECE..]).for_each(|(y, x)| *y = T::put(x.get().sigmoid()));
+            });
         });
         Ok(())
     }
@@ -111,9 +125,11 @@ impl MathKernels for Cpu {
         same("sigmoid_backward", y, &[dy, dx])?;
         float_type!("sigmoid_backward", y.dtype(), T => {
             let (y, dy) = (input::<T>(y)?, input::<T>(dy)?);
-            for_rows(output::<T>(dx)?, 1, |i, dx| {
-                let y = y[i].get();
-                dx[0] = T::put(dy[i].get() * y * (1.0 - y));
+            for_rows(output::<T>(dx)?, PIECE, |r, dx| {
+                let (y, dy) = (&y[r * PIECE..][..dx.len()], &dy[r * PIECE..][..dx.len()]);
+                for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
+                    *dx = T::put(dy.get() * y.get() * (1.0 - y.get()));
+                }
             });
         });
         Ok(())
@@ -127,7 +143,7 @@ impl MathKernels for Cpu {
             let x = input::<T>(x)?;
             for_rows(output::<T>(y)?, width, |r, y| {
                 let x = &x[r * width..][..width];
-                let factor = scale as A / (x.iter().map(|v| v.get()).sum::<A>() + eps as A);
+                let factor = scale as A / (sum([x], |[x]| x) + eps as A);
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = T::put(x.get() * factor));
             });
         });
@@ -152,9 +168,9 @@ impl MathKernels for Cpu {
                 let at = r * width..(r + 1) * width;
                 let (x, y, dy) = (&x[at.clone()], &y[at.clone()], &dy[at]);
                 // y = scale·x/S: dx = (scale·dy − Σ dy·y)/S.
-                let sum = x.iter().map(|v| v.get()).sum::<A>() + eps as A;
-                let inner: A = y.iter().zip(dy).map(|(a, b)| a.get() * b.get()).sum();
-                dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx = T::put((scale as A * dy.get() - inner) / sum));
+                let total = sum([x], |[x]| x) + eps as A;
+                let inner = sum([y, dy], |[y, dy]| y * dy);
+                dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx = T::put((scale as A * dy.get() - inner) / total));
             });
         });
         Ok(())
@@ -163,13 +179,16 @@ impl MathKernels for Cpu {
     fn normalise_l2(&self, x: &Tensor, eps: f64, y: &Tensor, norm: &Tensor) -> Result<()> {
         same("normalise_l2", x, &[y])?;
         let (rows, width) = x.rows();
+        if width == 0 {
+            shape_err!("normalise_l2 of {}: rows are empty", x.shape());
+        }
         expect("normalise_l2", "norm", norm, &[rows], x.dtype().accumulate())?;
         float_type!("normalise_l2", x.dtype(), T => {
             type A = <T as Num>::Acc;
             let x = input::<T>(x)?;
-            for_rows2(output::<T>(y)?, width, output::<A>(norm)?, 1, |r, y, norm| {
+            for_rows2(width, output::<T>(y)?, width, output::<A>(norm)?, 1, |r, y, norm| {
                 let x = &x[r * width..][..width];
-                let length = x.iter().map(|v| v.get() * v.get()).sum::<A>().sqrt().max(eps as A);
+                let length = sum([x], |[x]| x * x).sqrt().max(eps as A);
                 norm[0] = length;
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = T::put(x.get() / length));
             });
@@ -186,7 +205,7 @@ impl MathKernels for Cpu {
             let (y, norm, dy) = (input::<T>(y)?, input::<A>(norm)?, input::<T>(dy)?);
             for_rows(output::<T>(dx)?, width, |r, dx| {
                 let (y, dy) = (&y[r * width..][..width], &dy[r * width..][..width]);
-                let inner: A = y.iter().zip(dy).map(|(a, b)| a.get() * b.get()).sum();
+                let inner = sum([y, dy], |[y, dy]| y * dy);
                 // At the floor the norm is a constant.
                 let inner = if norm[r] > eps as A { inner } else { 0.0 };
                 for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
@@ -203,19 +222,9 @@ impl MathKernels for Cpu {
         float_type!("dot", a.dtype(), T => {
             type A = <T as Num>::Acc;
             let (a, b) = (input::<T>(a)?, input::<T>(b)?);
-            // Sixteen sums side by side vectorise; blocks make the order independent of threads.
-            let block = |(a, b): (&[T], &[T])| {
-                let mut lanes = [0.0 as A; 16];
-                let (a16, b16) = (a.chunks_exact(16), b.chunks_exact(16));
-                let rest: A = a16.remainder().iter().zip(b16.remainder()).map(|(x, y)| x.get() * y.get()).sum();
-                for (x, y) in a16.zip(b16) {
-                    for i in 0..16 {
-                        lanes[i] += x[i].get() * y[i].get();
-                    }
-                }
-                lanes.iter().sum::<A>() + rest
-            };
-            let partials: Vec<A> = a.par_chunks(8192).zip(b.par_chunks(8192)).map(block).collect();
+            // In blocks of a fixed size, so that the order does not depend on threads.
+            let pairs = a.par_chunks(8192).zip(b.par_chunks(8192)).with_min_len(2);
+            let partials: Vec<A> = pairs.map(|(a, b)| sum([a, b], |[a, b]| a * b)).collect();
             output::<A>(out)?[0] += partials.iter().sum::<A>();
         });
         Ok(())
@@ -225,6 +234,23 @@ impl MathKernels for Cpu {
 /// Fails unless the tensors have `first`'s shape and dtype.
 pub(super) fn same(op: &str, first: &Tensor, others: &[&Tensor]) -> Result<()> {
     others.iter().try_for_each(|t| expect(op, "a tensor", t, first.shape(), first.dtype()))
+}
+
+/// Fails unless `out` has x's type or the one it accumulates in.
+fn same_or_acc(op: &str, x: &Tensor, out: &Tensor) -> Result<()> {
+    let own = x.dtype();
+    if out.dtype() != own && out.dtype() != own.accumulate() {
+        shape_err!("{op}: {own} into {}: the output has the input's type, or {}", out.dtype(), own.accumulate());
+    }
+    Ok(())
+}
+
+/// Fails if an output shares memory with an input.
+pub(super) fn apart(op: &str, input: &Tensor, out: &Tensor) -> Result<()> {
+    if input.overlaps(out) {
+        shape_err!("{op}: the output shares memory with an input of shape {}", input.shape());
+    }
+    Ok(())
 }
 
 fn check_binary(op: &str, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
@@ -237,12 +263,14 @@ fn check_binary(op: &str, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
 
 /// `out[i] = f(a[i], b[i mod |b|])`, out possibly a itself.
 fn binary<T: Num>(
+    op: &str,
     a: &Tensor,
     b: &Tensor,
     out: &Tensor,
     f: impl Fn(T::Acc, T::Acc) -> T::Acc + Sync + Send,
 ) -> Result<()> {
-    let (in_place, width) = (a.ptr() == out.ptr(), b.elements());
+    let (in_place, width) = (in_place(op, a, out)?, b.elements());
+    apart(op, b, out)?;
     let b = input::<T>(b)?;
     let out = output::<T>(out)?;
     if width == 0 {

@@ -3,7 +3,7 @@
 use super::Cpu;
 use super::attention;
 use super::math::same;
-use super::util::{Num, Real, expect, float_type, for_rows, for_rows2, input, output, sum_blocks};
+use super::util::{Num, Real, expect, float_type, for_rows, for_rows2, in_place, input, max, output, sum, sum_blocks};
 use crate::device::{AttentionShape, ModelKernels, Rope};
 use crate::error::{Result, shape_err};
 use crate::tensor::{DType, Tensor};
@@ -24,17 +24,18 @@ impl ModelKernels for Cpu {
         float_type!("layer_norm", x.dtype(), T => {
             type A = <T as Num>::Acc;
             let (x, gain, bias) = (input::<T>(x)?, input::<T>(gain)?, input::<T>(bias)?);
-            for_rows2(output::<A>(mean)?, 1, output::<A>(rstd)?, 1, |r, mean, rstd| {
+            for_rows2(width, output::<A>(mean)?, 1, output::<A>(rstd)?, 1, |r, mean, rstd| {
                 let x = &x[r * width..][..width];
-                mean[0] = x.iter().map(|v| v.get()).sum::<A>() / width as A;
-                let var = x.iter().map(|v| (v.get() - mean[0]).powi(2)).sum::<A>() / width as A;
+                mean[0] = sum([x], |[x]| x) / width as A;
+                let mean = mean[0];
+                let var = sum([x], |[x]| (x - mean) * (x - mean)) / width as A;
                 rstd[0] = 1.0 / (var + eps as A).sqrt();
             });
             let (mean, rstd) = (input::<A>(mean)?, input::<A>(rstd)?);
             for_rows(output::<T>(y)?, width, |r, y| {
-                let x = &x[r * width..][..width];
+                let (x, mean, rstd) = (&x[r * width..][..width], mean[r], rstd[r]);
                 for (((y, x), g), b) in y.iter_mut().zip(x).zip(gain).zip(bias) {
-                    *y = T::put((x.get() - mean[r]) * rstd[r] * g.get() + b.get());
+                    *y = T::put((x.get() - mean) * rstd * g.get() + b.get());
                 }
             });
         });
@@ -58,18 +59,14 @@ impl ModelKernels for Cpu {
             type A = <T as Num>::Acc;
             let (x, gain, dy) = (input::<T>(x)?, input::<T>(gain)?, input::<T>(dy)?);
             let (mean, rstd) = (input::<A>(mean)?, input::<A>(rstd)?);
-            let hat = |r: usize, j: usize| (x[r * width + j].get() - mean[r]) * rstd[r];
             for_rows(output::<T>(dx)?, width, |r, dx| {
-                let dy = &dy[r * width..][..width];
-                let (mut sum, mut inner) = (0.0 as A, 0.0 as A);
-                for j in 0..width {
-                    let d = dy[j].get() * gain[j].get();
-                    sum += d;
-                    inner += d * hat(r, j);
-                }
-                let (sum, inner) = (sum / width as A, inner / width as A);
-                for j in 0..width {
-                    dx[j] = T::put(rstd[r] * (dy[j].get() * gain[j].get() - sum - hat(r, j) * inner));
+                let (x, dy) = (&x[r * width..][..width], &dy[r * width..][..width]);
+                let (mean, rstd) = (mean[r], rstd[r]);
+                let flat = sum([dy, gain], |[dy, g]| dy * g) / width as A;
+                let inner = sum([dy, gain, x], |[dy, g, x]| dy * g * ((x - mean) * rstd)) / width as A;
+                for (((dx, x), dy), g) in dx.iter_mut().zip(x).zip(dy).zip(gain) {
+                    let hat = (x.get() - mean) * rstd;
+                    *dx = T::put(rstd * (dy.get() * g.get() - flat - hat * inner));
                 }
             });
             // Gain in the first half of a partial, bias in the second.
@@ -77,10 +74,11 @@ impl ModelKernels for Cpu {
             sum_blocks(rows, 2 * width, &mut total, |range, partial| {
                 let (pg, pb) = partial.split_at_mut(width);
                 for r in range {
-                    let dy = &dy[r * width..][..width];
-                    for j in 0..width {
-                        pg[j] += dy[j].get() * hat(r, j);
-                        pb[j] += dy[j].get();
+                    let (x, dy) = (&x[r * width..][..width], &dy[r * width..][..width]);
+                    let (mean, rstd) = (mean[r], rstd[r]);
+                    for (((pg, pb), x), dy) in pg.iter_mut().zip(pb.iter_mut()).zip(x).zip(dy) {
+                        *pg += dy.get() * ((x.get() - mean) * rstd);
+                        *pb += dy.get();
                     }
                 }
             });
@@ -96,12 +94,13 @@ impl ModelKernels for Cpu {
         float_type!("rms_norm", x.dtype(), T => {
             type A = <T as Num>::Acc;
             let (x, gain) = (input::<T>(x)?, input::<T>(gain)?);
-            for_rows2(output::<T>(y)?, width, output::<A>(rstd)?, 1, |r, y, rstd| {
+            for_rows2(width, output::<T>(y)?, width, output::<A>(rstd)?, 1, |r, y, rstd| {
                 let x = &x[r * width..][..width];
-                let square = x.iter().map(|v| v.get() * v.get()).sum::<A>() / width as A;
-                rstd[0] = 1.0 / (square + eps as A).sqrt();
+                let square = sum([x], |[x]| x * x) / width as A;
+                let scale = 1.0 / (square + eps as A).sqrt();
+                rstd[0] = scale;
                 for ((y, x), g) in y.iter_mut().zip(x).zip(gain) {
-                    *y = T::put(x.get() * rstd[0] * g.get());
+                    *y = T::put(x.get() * scale * g.get());
                 }
             });
         });
@@ -123,22 +122,19 @@ impl ModelKernels for Cpu {
             type A = <T as Num>::Acc;
             let (x, gain, rstd, dy) = (input::<T>(x)?, input::<T>(gain)?, input::<A>(rstd)?, input::<T>(dy)?);
             for_rows(output::<T>(dx)?, width, |r, dx| {
-                let (x, dy) = (&x[r * width..][..width], &dy[r * width..][..width]);
-                let mut inner = 0.0 as A;
-                for ((x, dy), g) in x.iter().zip(dy).zip(gain) {
-                    inner += dy.get() * g.get() * x.get();
-                }
-                let back = inner * rstd[r] * rstd[r] / width as A;
+                let (x, dy, rstd) = (&x[r * width..][..width], &dy[r * width..][..width], rstd[r]);
+                let inner = sum([dy, gain, x], |[dy, g, x]| dy * g * x);
+                let back = inner * rstd * rstd / width as A;
                 for (((dx, x), dy), g) in dx.iter_mut().zip(x).zip(dy).zip(gain) {
-                    *dx = T::put(rstd[r] * (dy.get() * g.get() - x.get() * back));
+                    *dx = T::put(rstd * (dy.get() * g.get() - x.get() * back));
                 }
             });
             let mut total = vec![0.0 as A; width];
             sum_blocks(rows, width, &mut total, |range, partial| {
                 for r in range {
-                    let (x, dy) = (&x[r * width..][..width], &dy[r * width..][..width]);
+                    let (x, dy, rstd) = (&x[r * width..][..width], &dy[r * width..][..width], rstd[r]);
                     for ((p, x), dy) in partial.iter_mut().zip(x).zip(dy) {
-                        *p += dy.get() * x.get() * rstd[r];
+                        *p += dy.get() * x.get() * rstd;
                     }
                 }
             });
@@ -160,14 +156,14 @@ impl ModelKernels for Cpu {
             type A = <T as Num>::Acc;
             // One table for all sequences and heads: sines and cosines cost more than the rest.
             let mut table = Vec::with_capacity(seq * half);
+            let turns: Vec<f64> = (0..half).map(|i| rope.theta.powf(-2.0 * i as f64 / dim as f64)).collect();
             for l in 0..seq {
-                for i in 0..half {
-                    let angle = (rope.first + l) as f64 * rope.theta.powf(-2.0 * i as f64 / dim as f64);
-                    let (sin, cos) = angle.sin_cos();
+                for turn in &turns {
+                    let (sin, cos) = ((rope.first + l) as f64 * turn).sin_cos();
                     table.push(((if inverse { -sin } else { sin }) as A, cos as A));
                 }
             }
-            if x.ptr() != y.ptr() {
+            if !in_place("rope", x, y)? {
                 output::<T>(y)?.copy_from_slice(input::<T>(x)?);
             }
             for_rows(output::<T>(y)?, dim, |r, head| {
@@ -216,10 +212,10 @@ impl ModelKernels for Cpu {
         float_type!("cross_entropy", logits.dtype(), T => {
             type A = <T as Num>::Acc;
             let (logits, targets) = (input::<T>(logits)?, input::<i32>(targets)?);
-            for_rows2(output::<A>(loss)?, 1, output::<A>(lse)?, 1, |n, loss, lse| {
+            for_rows2(vocab, output::<A>(loss)?, 1, output::<A>(lse)?, 1, |n, loss, lse| {
                 let x = &logits[n * vocab..][..vocab];
-                let max = x.iter().fold(A::NEG_INFINITY, |m, v| m.max(v.get()));
-                lse[0] = max + x.iter().map(|v| (v.get() - max).fast_exp()).sum::<A>().ln();
+                let most = max(x);
+                lse[0] = most + sum([x], |[x]| (x - most).fast_exp()).ln();
                 loss[0] = lse[0] - x[targets[n] as usize].get();
             });
         });
@@ -239,7 +235,7 @@ impl ModelKernels for Cpu {
         float_type!("cross_entropy_backward", logits.dtype(), T => {
             type A = <T as Num>::Acc;
             let (targets, lse, d_loss) = (input::<i32>(targets)?, input::<A>(lse)?, input::<A>(d_loss)?);
-            if logits.ptr() != d_logits.ptr() {
+            if !in_place("cross_entropy_backward", logits, d_logits)? {
                 output::<T>(d_logits)?.copy_from_slice(input::<T>(logits)?);
             }
             for_rows(output::<T>(d_logits)?, vocab, |n, row| {
