@@ -210,3 +210,99 @@ fn check(op: &str, s: AttentionShape, like_q: &[&Tensor], like_k: &[&Tensor], ls
     expect(op, "lse", lse, &[s.batch, s.heads, s.seq], dtype.accumulate())?;
     math::same(op, like_q[0], like_q)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::ModelKernels;
+    use crate::device::cpu::util::{FLOATS, close, random_tensor as random, same_on_any_thread_count, wide};
+    use crate::tensor::DType;
+
+    /// [out, lse, dq, dk, dv], by the definition.
+    fn naive(s: AttentionShape, [q, k, v, d_out]: [&[f64]; 4]) -> [Vec<f64>; 5] {
+        let (hq, hk, d) = (s.heads, s.kv_heads, s.head_dim);
+        let mut all = [q.len(), s.batch * hq * s.seq, q.len(), k.len(), k.len()].map(|n| vec![0.0; n]);
+        let [out, lse, dq, dk, dv] = &mut all;
+        for (b, h, i) in (0..s.batch).flat_map(|b| (0..hq).flat_map(move |h| (0..s.seq).map(move |i| (b, h, i)))) {
+            let at = |l: usize| ((b * s.seq + l) * hq + h) * d;
+            let kat = |l: usize| ((b * s.seq + l) * hk + h / (hq / hk)) * d;
+            let dot = |x: &[f64], a: usize, y: &[f64], c: usize| (0..d).map(|e| x[a + e] * y[c + e]).sum::<f64>();
+            let root = (d as f64).sqrt();
+            let scores: Vec<f64> = (0..=i).map(|j| dot(q, at(i), k, kat(j)) / root).collect();
+            let log = scores.iter().map(|v| v.exp()).sum::<f64>().ln();
+            lse[(b * hq + h) * s.seq + i] = log;
+            let p: Vec<f64> = scores.iter().map(|v| (v - log).exp()).collect();
+            let dp: Vec<f64> = (0..=i).map(|j| dot(d_out, at(i), v, kat(j))).collect();
+            let inner: f64 = p.iter().zip(&dp).map(|(a, b)| a * b).sum();
+            for j in 0..=i {
+                let ds = p[j] * (dp[j] - inner) / root;
+                for e in 0..d {
+                    out[at(i) + e] += p[j] * v[kat(j) + e];
+                    dq[at(i) + e] += ds * k[kat(j) + e];
+                    dk[kat(j) + e] += ds * q[at(i) + e];
+                    dv[kat(j) + e] += p[j] * d_out[at(i) + e];
+                }
+            }
+        }
+        all
+    }
+
+    fn run(s: AttentionShape, dtype: DType) -> ([Tensor; 4], [Tensor; 5]) {
+        let (tokens, wq, wk) = (s.batch * s.seq, s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let inputs = [(1, wq), (2, wk), (3, wk), (4, wq)].map(|(seed, w)| random(seed, &[tokens, w], dtype));
+        let nan = |shape: &[usize], dtype| {
+            let t = Tensor::host(shape, dtype);
+            Cpu.fill(&t, f64::NAN).unwrap();
+            t
+        };
+        let lse = nan(&[s.batch, s.heads, s.seq], dtype.accumulate());
+        let [dq, out] = [(); 2].map(|()| nan(&[tokens, wq], dtype));
+        let [dk, dv] = [(); 2].map(|()| nan(&[tokens, wk], dtype));
+        let [q, k, v, d_out] = &inputs;
+        Cpu.attention(s, q, k, v, &out, &lse).unwrap();
+        Cpu.attention_backward(s, q, k, v, &out, &lse, d_out, &dq, &dk, &dv).unwrap();
+        (inputs, [out, lse, dq, dk, dv])
+    }
+
+    #[test]
+    fn agrees_with_the_definition() {
+        // One block, several with a ragged one, grouped heads, one token, no sequence.
+        for (batch, seq, heads, kv_heads, head_dim) in
+            [(2, 13, 2, 2, 5), (1, 2 * QUERIES + 3, 4, 2, 6), (3, 1, 3, 1, 1), (0, 4, 2, 1, 2), (1, QUERIES, 6, 2, 8)]
+        {
+            let s = AttentionShape { batch, seq, heads, kv_heads, head_dim };
+            for (dtype, bound) in FLOATS {
+                let (inputs, got) = run(s, dtype);
+                let [q, k, v, d] = inputs.each_ref().map(wide);
+                for (got, want) in got.iter().zip(naive(s, [&q, &k, &v, &d])) {
+                    if want.iter().all(|v| v.abs() < 1e-12) {
+                        // One token has nothing to choose from: the gradients of its scores are 0.
+                        assert!(wide(got).iter().all(|v| v.abs() <= bound), "{got:?}");
+                    } else {
+                        close(got, &want, 3.0 * bound);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_thread_count_changes_no_bit() {
+        let s = AttentionShape { batch: 3, seq: 150, heads: 4, kv_heads: 2, head_dim: 16 };
+        same_on_any_thread_count(|| run(s, DType::F32).1.iter().flat_map(wide).collect());
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        let t = Tensor::host([6, 8], DType::F32);
+        let (out, lse) = (Tensor::host([6, 8], DType::F32), Tensor::host([2, 2, 3], DType::F32));
+        let s = AttentionShape { batch: 2, seq: 3, heads: 2, kv_heads: 2, head_dim: 4 };
+        assert!(Cpu.attention(s, &t, &t, &t, &out, &lse).is_ok());
+        for bad in
+            [AttentionShape { heads: 0, ..s }, AttentionShape { kv_heads: 3, ..s }, AttentionShape { seq: 4, ..s }]
+        {
+            assert!(Cpu.attention(bad, &t, &t, &t, &out, &lse).is_err(), "{bad:?}");
+        }
+        assert!(Cpu.attention(s, &t, &t, &t, &t, &lse).is_err(), "the output is an input");
+    }
+}

@@ -175,6 +175,8 @@ fn check_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cpu::util::{FLOATS, close, random_tensor, same_on_any_thread_count, wide};
+    use crate::device::{MathKernels, MemoryKernels};
     use crate::tensor::DType;
 
     #[test]
@@ -186,7 +188,7 @@ mod tests {
             assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-12), "{got:?}");
         };
         Cpu.gelu(Gelu::Erf, &x, &y).unwrap();
-        near([-0.004049694094890, -0.154268769362993, 0.0, 0.841344746068543, 2.484475836685560]);
+        near([-0.00404969409489, -0.154268769362993, 0.0, 0.841344746068543, 2.48447583668556]);
         Cpu.gelu(Gelu::Tanh, &x, &y).unwrap();
         near([-0.003637392081773, -0.154285990174856, 0.0, 0.841191990608277, 2.484915733910001]);
     }
@@ -211,6 +213,60 @@ mod tests {
                 assert!((d[r * 8 + 4 + j] - silu).abs() < 1e-14);
                 assert_eq!((d[r * 8 + j], d[r * 8 + 4 + j]), (d_gate[r * 4 + j], d_up[r * 4 + j]));
             }
+        }
+    }
+
+    #[test]
+    fn every_type_agrees_with_f64_also_in_place() {
+        for (dtype, bound) in &FLOATS[1..] {
+            let [x, u, dy] = [1, 2, 3].map(|seed| random_tensor(seed, &[37, 61], *dtype));
+            let run = |dtype: DType| {
+                let [x, u, dy] = [&x, &u, &dy].map(|t| {
+                    let out = Tensor::host(*t.shape(), dtype);
+                    Cpu.copy(t, &out).unwrap();
+                    // Far enough from 0 for the tails.
+                    Cpu.axpby(4.0, t, 0.0, &out).unwrap();
+                    out
+                });
+                let out = [(); 7].map(|()| Tensor::host([37, 61], dtype));
+                for (i, form) in [Gelu::Erf, Gelu::Tanh].into_iter().enumerate() {
+                    Cpu.gelu(form, &x, &out[2 * i]).unwrap();
+                    Cpu.gelu_backward(form, &x, &dy, &out[2 * i + 1]).unwrap();
+                }
+                Cpu.swiglu(&x, &u, &out[4]).unwrap();
+                Cpu.swiglu_backward(&x, &u, &dy, &out[5], &out[6]).unwrap();
+                Cpu.gelu_backward(Gelu::Tanh, &x, &dy, &dy).unwrap();
+                assert_eq!(wide(&dy), wide(&out[3]));
+                out
+            };
+            for (got, want) in run(*dtype).iter().zip(run(DType::F64)) {
+                close(got, &wide(&want), *bound);
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_that_share_elements_are_refused() {
+        let (x, buffer) = (random_tensor(1, &[3, 4], DType::F32), Tensor::host([3, 8], DType::F32));
+        let part = |start| buffer.narrow(1, start, 4).unwrap();
+        assert!(Cpu.swiglu_backward(&x, &x, &x, &part(0), &part(3)).is_err());
+        assert!(Cpu.swiglu_backward(&x, &x, &x, &part(0), &part(0)).is_err());
+        Cpu.swiglu_backward(&x, &x, &x, &part(4), &part(0)).unwrap();
+        assert!(Cpu.gelu_backward(Gelu::Tanh, &x, &x, &x.reshape([4, 3]).unwrap()).is_err());
+    }
+
+    #[test]
+    fn the_thread_count_changes_no_bit_and_nothing_is_something() {
+        let x = random_tensor(1, &[300, 101], DType::F32);
+        same_on_any_thread_count(|| {
+            let out = [(); 2].map(|()| Tensor::host([300, 101], DType::F32));
+            Cpu.swiglu_backward(&x, &x, &x, &out[0], &out[1]).unwrap();
+            out.iter().flat_map(wide).collect()
+        });
+        for shape in [[0, 3], [3, 0]] {
+            let t = || Tensor::host(shape, DType::F32);
+            Cpu.swiglu_backward(&t(), &t(), &t(), &t(), &t()).unwrap();
+            Cpu.gelu(Gelu::Erf, &t(), &t()).unwrap();
         }
     }
 }

@@ -293,3 +293,173 @@ fn binary<T: Num>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::MemoryKernels;
+    use crate::device::cpu::util::{FLOATS, close, random_tensor as random, same_on_any_thread_count, wide};
+    use crate::tensor::DType;
+
+    fn map2(a: &[f64], b: &[f64], f: impl Fn(f64, f64) -> f64) -> Vec<f64> {
+        a.iter().zip(b.iter().cycle()).map(|(a, b)| f(*a, *b)).collect()
+    }
+
+    #[test]
+    fn elementwise_of_all_types_also_repeated_and_in_place() {
+        for (dtype, bound) in FLOATS {
+            for b_shape in [&[7, 333][..], &[333], &[]] {
+                let (a, b, out) = (random(1, &[7, 333], dtype), random(2, b_shape, dtype), random(3, &[7, 333], dtype));
+                let (sum, product) =
+                    (map2(&wide(&a), &wide(&b), |a, b| a + b), map2(&wide(&a), &wide(&b), |a, b| a * b));
+                Cpu.add(&a, &b, &out).unwrap();
+                close(&out, &sum, bound);
+                Cpu.mul(&a, &b, &out).unwrap();
+                close(&out, &product, bound);
+                Cpu.mul(&a, &b, &a).unwrap();
+                assert_eq!(wide(&a), wide(&out));
+            }
+            let (x, y) = (random(1, &[1, 2050], DType::F32), random(2, &[1, 2050], dtype));
+            let want = map2(&wide(&x), &wide(&y), |x, y| 0.5 * x - 2.0 * y);
+            Cpu.axpby(0.5, &x, -2.0, &y).unwrap();
+            close(&y, &want, bound.max(2e-6));
+            Cpu.fill(&y, f64::NAN).unwrap();
+            Cpu.axpby(2.0, &x, 0.0, &y).unwrap();
+            close(&y, &map2(&wide(&x), &[2.0], |x, two| two * x), bound.max(2e-6));
+        }
+    }
+
+    #[test]
+    fn another_view_of_the_same_memory_is_refused() {
+        let square = random(1, &[4, 4], DType::F32);
+        let other = random(2, &[4, 4], DType::F32);
+        let e = Cpu.add(&square.t().unwrap(), &other, &square).unwrap_err();
+        assert!(e.to_string().contains("add") && e.to_string().contains("shares memory"), "{e}");
+        assert!(Cpu.add(&other, &square, &square).is_err(), "only the first operand may be the output");
+        assert!(Cpu.axpby(1.0, &square, 1.0, &square).is_err());
+        assert!(Cpu.softmax(&square, &square).is_err());
+        assert!(Cpu.softmax(&square, &Tensor::host([4, 4], DType::BF16)).is_err(), "neither its type nor acc");
+    }
+
+    #[test]
+    fn softmax_and_its_backward() {
+        for (dtype, bound) in FLOATS {
+            for (rows, width) in [(5, 33), (1, 1), (0, 4), (9, 8)] {
+                let (x, dy) = (random(1, &[rows, width], dtype), random(2, &[rows, width], dtype));
+                let (y, acc) = (Tensor::host([rows, width], dtype), Tensor::host([rows, width], dtype.accumulate()));
+                Cpu.softmax(&x, &y).unwrap();
+                Cpu.softmax(&x, &acc).unwrap();
+                let mut want = wide(&x);
+                for row in want.chunks_mut(width) {
+                    let total: f64 = row.iter().map(|v| v.exp()).sum();
+                    row.iter_mut().for_each(|v| *v = v.exp() / total);
+                }
+                close(&y, &want, bound);
+                close(&acc, &want, if dtype == DType::F64 { 1e-13 } else { 2e-6 });
+                let (y64, dy64, dx) = (wide(&y), wide(&dy), Tensor::host([rows, width], dtype));
+                Cpu.softmax_backward(&y, &dy, &dx).unwrap();
+                let mut want = y64.clone();
+                for (r, row) in want.chunks_mut(width).enumerate() {
+                    let at = r * width..(r + 1) * width;
+                    let inner: f64 = y64[at.clone()].iter().zip(&dy64[at.clone()]).map(|(a, b)| a * b).sum();
+                    row.iter_mut().zip(&dy64[at]).for_each(|(y, dy)| *y *= dy - inner);
+                }
+                close(&dx, &want, bound);
+            }
+        }
+        let far = Tensor::from_slice(&[1e30_f32, -1e30, 1e30, f32::NEG_INFINITY], [1, 4]).unwrap();
+        let y = Tensor::host([1, 4], DType::F32);
+        Cpu.softmax(&far, &y).unwrap();
+        assert_eq!(y.to_vec::<f32>().unwrap(), [0.5, 0.0, 0.5, 0.0]);
+    }
+
+    #[test]
+    fn sigmoid_and_its_backward() {
+        for (dtype, bound) in FLOATS {
+            let (x, dy) = (random(1, &[2, 1031], dtype), random(2, &[2, 1031], dtype));
+            let (y, dx) = (Tensor::host([2, 1031], dtype), Tensor::host([2, 1031], dtype));
+            Cpu.sigmoid(&x, &y).unwrap();
+            close(&y, &map2(&wide(&x), &[0.0], |x, _| 1.0 / (1.0 + (-x).exp())), bound);
+            Cpu.sigmoid_backward(&y, &dy, &dx).unwrap();
+            close(&dx, &map2(&wide(&y), &wide(&dy), |y, dy| dy * y * (1.0 - y)), bound);
+        }
+    }
+
+    #[test]
+    fn sums_of_rows_and_dots_add_to_what_is_there() {
+        for (dtype, bound) in FLOATS {
+            for (rows, width) in [(131, 19), (0, 3), (1, 1), (4, 0)] {
+                let (x, y) = (random(1, &[rows, width], dtype), random(2, &[rows, width], dtype));
+                let acc = dtype.accumulate();
+                let (out, dot) = (random(3, &[width], acc), random(4, &[1], acc));
+                let (mut sums, mut total, mut size) = (wide(&out), wide(&dot), 1.0);
+                for (i, (a, b)) in wide(&x).into_iter().zip(wide(&y)).enumerate() {
+                    sums[i % width] += a;
+                    total[0] += a * b;
+                    size += (a * b).abs();
+                }
+                Cpu.sum_rows(&x, &out).unwrap();
+                Cpu.dot(&x, &y, &dot).unwrap();
+                // The inputs are exact, and the sums are kept in acc: 16-bit types are as close as f32.
+                close(&out, &sums, bound.min(5e-6));
+                // Terms cancel: the error is in proportion to their sizes.
+                let unit = if acc == DType::F64 { 1e-15 } else { 1e-7 };
+                assert!((wide(&dot)[0] - total[0]).abs() <= unit * size, "{dot:?} {total:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn normalised_rows() {
+        let (rows, width, scale, eps) = (5, 21, 2.5, 1e-3);
+        for (dtype, bound) in FLOATS {
+            let make = |seed| random(seed, &[rows, width], dtype);
+            let (x, dy, y, dx) = (make(1), make(2), make(3), make(4));
+            Cpu.mul(&x, &x, &y).unwrap();
+            Cpu.copy(&y, &x).unwrap(); // not negative
+            let (x64, dy64) = (wide(&x), wide(&dy));
+            let dot =
+                |a: &[f64], b: &[f64], r: usize| -> f64 { (r * width..(r + 1) * width).map(|i| a[i] * b[i]).sum() };
+            let ones = vec![1.0; rows * width];
+            Cpu.normalise_sum(&x, scale, eps, &y).unwrap();
+            let by_sum = |i: usize| scale * x64[i] / (dot(&x64, &ones, i / width) + eps);
+            close(&y, &(0..rows * width).map(by_sum).collect::<Vec<_>>(), bound);
+            Cpu.normalise_sum_backward(&x, &y, scale, eps, &dy, &dx).unwrap();
+            let y64 = wide(&y);
+            let back = |i: usize| {
+                let r = i / width;
+                (scale * dy64[i] - dot(&y64, &dy64, r)) / (dot(&x64, &ones, r) + eps)
+            };
+            close(&dx, &(0..rows * width).map(back).collect::<Vec<_>>(), bound);
+
+            let norm = Tensor::host([rows], dtype.accumulate());
+            // Below the floor in the second half of the cases.
+            for eps in [1e-3, 1e3] {
+                Cpu.normalise_l2(&x, eps, &y, &norm).unwrap();
+                let norms: Vec<f64> = (0..rows).map(|r| dot(&x64, &x64, r).sqrt().max(eps)).collect();
+                close(&norm, &norms, bound.min(2e-6));
+                close(&y, &(0..rows * width).map(|i| x64[i] / norms[i / width]).collect::<Vec<_>>(), bound);
+                Cpu.normalise_l2_backward(&y, &norm, eps, &dy, &dx).unwrap();
+                let y64 = wide(&y);
+                let back = |i: usize| {
+                    let inner = if norms[i / width] > eps { dot(&y64, &dy64, i / width) } else { 0.0 };
+                    (dy64[i] - y64[i] * inner) / norms[i / width]
+                };
+                close(&dx, &(0..rows * width).map(back).collect::<Vec<_>>(), bound);
+            }
+        }
+    }
+
+    #[test]
+    fn the_thread_count_changes_no_bit() {
+        let (x, y) = (random(1, &[700, 65], DType::F32), random(2, &[700, 65], DType::F32));
+        same_on_any_thread_count(|| {
+            let (out, sums, dot) =
+                (random(3, &[700, 65], DType::F32), random(4, &[65], DType::F32), random(5, &[1], DType::F32));
+            Cpu.softmax(&x, &out).unwrap();
+            Cpu.sum_rows(&x, &sums).unwrap();
+            Cpu.dot(&x, &y, &dot).unwrap();
+            [wide(&out), wide(&sums), wide(&dot)].concat()
+        });
+    }
+}

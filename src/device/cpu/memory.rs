@@ -146,6 +146,7 @@ impl<const N: usize> Rows<N> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cpu::util::{random_tensor, wide};
     use crate::rng::Purpose;
 
     #[test]
@@ -179,5 +180,36 @@ mod tests {
         Cpu.normal(rng, 0, &all).unwrap();
         Cpu.normal(rng, 4001, &tail).unwrap();
         assert_eq!(all.to_vec::<f64>().unwrap()[4001..4010], tail.to_vec::<f64>().unwrap());
+    }
+
+    #[test]
+    fn large_strided_copies_and_fills_agree_with_indexing() {
+        let t = random_tensor(1, &[70, 30, 50], DType::F32);
+        let (turned, out) = (t.transpose(0, 2).unwrap(), Tensor::host([50, 30, 70], DType::F64));
+        Cpu.copy(&turned, &out).unwrap();
+        let (from, to) = (wide(&t), out.to_vec::<f64>().unwrap());
+        assert!((0..to.len()).all(|i| to[i] == from[i % 70 * 1500 + i / 70 % 30 * 50 + i / 2100]));
+        Cpu.fill(&turned.narrow(0, 1, 49).unwrap(), 9.0).unwrap();
+        let filled = t.to_vec::<f32>().unwrap();
+        assert!((0..filled.len()).all(|i| (filled[i] == 9.0) == (i % 50 != 0)));
+    }
+
+    #[test]
+    fn outputs_that_repeat_elements_and_foreign_memory_are_refused() {
+        let t = Tensor::host_zeros([4], DType::F32);
+        let view = |strides: &[usize]| {
+            Tensor::new(t.storage().clone(), Layout::strided([2, 3].into(), strides, 0).unwrap(), DType::F32).unwrap()
+        };
+        assert!(Cpu.fill(&view(&[1, 1]), 1.0).unwrap_err().to_string().contains("overlap"));
+        assert!(Cpu.copy(&Tensor::host([2, 3], DType::F32), &view(&[0, 1])).is_err());
+        Cpu.copy(&view(&[0, 1]), &Tensor::host([2, 3], DType::F32)).unwrap();
+
+        let kept: std::sync::Arc<dyn std::any::Any + Send + Sync> = std::sync::Arc::new(());
+        // SAFETY: the address is never used: that is what is tested.
+        let far = unsafe { crate::tensor::Storage::from_raw(std::ptr::null_mut(), 64, Place::Cuda(0), kept) };
+        let far = Tensor::new(far, Layout::contiguous([2, 4].into()), DType::F32).unwrap();
+        let turned = far.t().unwrap();
+        assert!(Cpu.fill(&turned, 0.0).unwrap_err().to_string().contains("cuda:0"));
+        assert!(Cpu.copy(&turned, &Tensor::host([4, 2], DType::F32)).is_err());
     }
 }

@@ -276,3 +276,150 @@ fn check_targets(op: &str, logits: &Tensor, targets: &Tensor, per_row: &[&Tensor
     }
     Ok(vocab)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::MemoryKernels;
+    use crate::device::cpu::util::{FLOATS, close, random_tensor as random, same_on_any_thread_count, wide};
+
+    const EPS: f64 = 1e-5;
+
+    #[test]
+    fn norms_of_all_types() {
+        for (dtype, bound) in FLOATS {
+            for (rows, width) in [(67, 37), (1, 1), (0, 5)] {
+                let (x, y) = (random(1, &[rows, width], dtype), random(2, &[rows, width], dtype));
+                let (gain, bias) = (random(3, &[width], dtype), random(4, &[width], dtype));
+                let stat = || Tensor::host([rows], dtype.accumulate());
+                let (mean, rstd) = (stat(), stat());
+                let (x64, g, b) = (wide(&x), wide(&gain), wide(&bias));
+                let moment =
+                    |row: &[f64], centre: f64| row.iter().map(|v| (v - centre).powi(2)).sum::<f64>() / width as f64;
+                let (mut layer, mut rms) = (vec![], vec![]);
+                for row in x64.chunks(width) {
+                    let centre = row.iter().sum::<f64>() / width as f64;
+                    let (a, c) = (1.0 / (moment(row, centre) + EPS).sqrt(), 1.0 / (moment(row, 0.0) + EPS).sqrt());
+                    layer.extend((0..width).map(|j| (row[j] - centre) * a * g[j] + b[j]));
+                    rms.extend((0..width).map(|j| row[j] * c * g[j]));
+                }
+                Cpu.layer_norm(&x, &gain, &bias, EPS, &y, &mean, &rstd).unwrap();
+                close(&y, &layer, bound);
+                Cpu.rms_norm(&x, &gain, EPS, &y, &rstd).unwrap();
+                close(&y, &rms, bound);
+            }
+        }
+    }
+
+    #[test]
+    fn norm_gradients_in_every_type_are_those_of_f64() {
+        let (rows, width) = (131, 37);
+        for (dtype, bound) in &FLOATS[1..] {
+            let (x, dy, gain) =
+                (random(1, &[rows, width], *dtype), random(2, &[rows, width], *dtype), random(3, &[width], *dtype));
+            let run = |dtype: DType| {
+                let cast = |t: &Tensor| {
+                    let out = Tensor::host(*t.shape(), dtype);
+                    Cpu.copy(t, &out).unwrap();
+                    out
+                };
+                let (x, dy, gain) = (cast(&x), cast(&dy), cast(&gain));
+                let zeros = |shape: &[usize]| Tensor::host_zeros(shape, dtype);
+                let stat = || Tensor::host([rows], dtype.accumulate());
+                let (mean, rstd, y) = (stat(), stat(), zeros(&[rows, width]));
+                let out = [&[rows, width][..], &[width], &[width], &[rows, width], &[width]].map(zeros);
+                Cpu.layer_norm(&x, &gain, &gain, EPS, &y, &mean, &rstd).unwrap();
+                Cpu.layer_norm_backward(&x, &gain, &mean, &rstd, &dy, &out[0], &out[1], &out[2]).unwrap();
+                Cpu.rms_norm(&x, &gain, EPS, &y, &rstd).unwrap();
+                Cpu.rms_norm_backward(&x, &gain, &rstd, &dy, &out[3], &out[4]).unwrap();
+                out
+            };
+            for (got, want) in run(*dtype).iter().zip(run(DType::F64)) {
+                close(got, &wide(&want), *bound);
+            }
+        }
+    }
+
+    #[test]
+    fn rope_turns_pairs_and_turns_back() {
+        let (b, l, h, d) = (2, 5, 3, 6);
+        let rope = Rope { theta: 100.0, first: 7 };
+        for (dtype, bound) in FLOATS {
+            let x = random(1, &[b, l, h, d], dtype);
+            let (y, x64) = (Tensor::host([b, l, h, d], dtype), wide(&x));
+            Cpu.rope(&x, rope, false, &y).unwrap();
+            let want: Vec<f64> = (0..b * l * h * d)
+                .map(|at| {
+                    let (i, l) = (at % d, at / (h * d) % l);
+                    let (sin, cos) = ((7 + l) as f64 * 100f64.powf(-2.0 * (i % 3) as f64 / 6.0)).sin_cos();
+                    if i < 3 { x64[at] * cos - x64[at + 3] * sin } else { x64[at] * cos + x64[at - 3] * sin }
+                })
+                .collect();
+            close(&y, &want, bound);
+            Cpu.rope(&y, rope, true, &y).unwrap();
+            close(&y, &x64, 2.0 * bound);
+        }
+        let odd = random(1, &[1, 2, 1, 5], DType::F32);
+        assert!(Cpu.rope(&odd, rope, false, &odd).unwrap_err().to_string().contains("width 5"));
+    }
+
+    #[test]
+    fn cross_entropy_of_all_types_also_in_place() {
+        for (dtype, bound) in FLOATS {
+            for (n, vocab) in [(9, 43), (1, 1), (0, 4)] {
+                let logits = random(1, &[n, vocab], dtype);
+                let goal: Vec<i32> = (0..n).map(|i| (i * 7 % vocab) as i32).collect();
+                let (targets, acc) = (Tensor::from_slice(&goal, [n]).unwrap(), dtype.accumulate());
+                let (loss, lse, d_loss) = (Tensor::host([n], acc), Tensor::host([n], acc), random(2, &[n], acc));
+                let (x, d) = (wide(&logits), wide(&d_loss));
+                Cpu.cross_entropy(&logits, &targets, &loss, &lse).unwrap();
+                let sums: Vec<f64> = x.chunks(vocab).map(|r| r.iter().map(|v| v.exp()).sum::<f64>()).collect();
+                let losses: Vec<f64> = (0..n).map(|r| sums[r].ln() - x[r * vocab + goal[r] as usize]).collect();
+                // Absolute in the size of the logits: a loss may be 0.
+                let error = wide(&loss).iter().zip(losses).fold(0.0_f64, |m, (a, b)| m.max((a - b).abs()));
+                assert!(error < if dtype == DType::F64 { 1e-13 } else { 4e-6 }, "{error:e}");
+                let grad = Tensor::host([n, vocab], dtype);
+                Cpu.cross_entropy_backward(&logits, &targets, &lse, &d_loss, &grad).unwrap();
+                let want: Vec<f64> = (0..n * vocab)
+                    .map(|i| {
+                        let r = i / vocab;
+                        d[r] * (x[i].exp() / sums[r] - f64::from(u8::from(i % vocab == goal[r] as usize)))
+                    })
+                    .collect();
+                if vocab > 1 {
+                    close(&grad, &want, bound);
+                }
+                Cpu.cross_entropy_backward(&logits, &targets, &lse, &d_loss, &logits).unwrap();
+                assert_eq!(wide(&logits), wide(&grad));
+            }
+        }
+    }
+
+    #[test]
+    fn a_target_outside_the_classes_is_named_before_anything_is_written() {
+        let (logits, lse) = (random(1, &[2, 3], DType::F32), Tensor::host_zeros([2], DType::F32));
+        let before = wide(&logits);
+        for bad in [3, -1] {
+            let targets = Tensor::from_slice(&[0, bad], [2]).unwrap();
+            let e = Cpu.cross_entropy_backward(&logits, &targets, &lse, &lse, &logits).unwrap_err();
+            assert!(e.to_string().contains(&format!("target {bad}")) && e.to_string().contains("0..3"), "{e}");
+            let loss = Tensor::host_zeros([2], DType::F32);
+            assert!(Cpu.cross_entropy(&logits, &targets, &loss, &lse).is_err());
+        }
+        assert_eq!(wide(&logits), before);
+    }
+
+    #[test]
+    fn the_thread_count_changes_no_bit() {
+        let (x, dy, gain) =
+            (random(1, &[700, 65], DType::F32), random(2, &[700, 65], DType::F32), random(3, &[65], DType::F32));
+        same_on_any_thread_count(|| {
+            let host = |shape: &[usize]| Tensor::host_zeros(shape, DType::F32);
+            let (y, mean, rstd, dx) = (host(&[700, 65]), host(&[700]), host(&[700]), host(&[700, 65]));
+            let (dg, db) = (host(&[65]), host(&[65]));
+            Cpu.layer_norm(&x, &gain, &gain, EPS, &y, &mean, &rstd).unwrap();
+            Cpu.layer_norm_backward(&x, &gain, &mean, &rstd, &dy, &dx, &dg, &db).unwrap();
+            [y, mean, rstd, dx, dg, db].iter().flat_map(wide).collect()
+        });
+    }
+}

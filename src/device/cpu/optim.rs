@@ -65,6 +65,7 @@ impl OptimKernels for Cpu {
 mod tests {
     use super::*;
     use crate::device::MemoryKernels;
+    use crate::device::cpu::util::{FLOATS, random_tensor, same_on_any_thread_count, wide};
     use crate::tensor::DType;
 
     #[test]
@@ -96,5 +97,28 @@ mod tests {
             let got = (norm.to_vec::<f64>().unwrap()[0], scale.to_vec::<f64>().unwrap()[0]);
             assert!(got == want || (got.0.is_nan() && want.0.is_nan() && got.1 == want.1), "{got:?} {want:?}");
         }
+    }
+
+    #[test]
+    fn adamw_takes_gradients_of_any_type_and_any_thread_count() {
+        let n = 20_011;
+        let s = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step: 10_000_000_000 };
+        for (dtype, _) in FLOATS {
+            let grad = random_tensor(4, &[n], dtype);
+            let run = |acc: DType| {
+                let (w, m, v) = (random_tensor(1, &[n], acc), random_tensor(2, &[n], acc), Tensor::host([n], acc));
+                let scale = Tensor::host([1], acc);
+                Cpu.fill(&v, 0.5).unwrap();
+                Cpu.fill(&scale, 0.25).unwrap();
+                Cpu.adamw(s, &scale, &w, &m, &v, &grad).unwrap();
+                [wide(&w), wide(&m), wide(&v)].concat()
+            };
+            let worst = run(DType::F32).iter().zip(run(DType::F64)).fold(0.0_f64, |e, (a, b)| e.max((a - b).abs()));
+            assert!(worst < 1e-6, "{dtype}: {worst:e}");
+            same_on_any_thread_count(|| run(DType::F32));
+        }
+        let t = random_tensor(1, &[1], DType::F32);
+        let e = Cpu.adamw(AdamW { step: 0, ..s }, &t, &t, &t, &t, &t).unwrap_err();
+        assert!(e.to_string().contains("step 0"), "{e}");
     }
 }

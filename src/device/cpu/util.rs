@@ -160,7 +160,7 @@ pub(super) fn distinct(op: &str, out: &Tensor) -> Result<()> {
         if stride < reach && out.elements() > 0 {
             shape_err!("{op}: output {} has strides {:?}: its elements overlap", out.shape(), out.layout().strides());
         }
-        reach = stride * (size - 1) + reach;
+        reach += stride * (size - 1);
     }
     Ok(())
 }
@@ -328,6 +328,49 @@ impl<A> Shared<A> {
     pub(super) fn at(self, index: usize) -> *mut A {
         self.0.wrapping_add(index)
     }
+}
+
+/// The float types, each with a bound for the error of a few roundings, relative to the largest value.
+#[cfg(test)]
+pub(super) const FLOATS: [(DType, f64); 4] =
+    [(DType::F64, 1e-13), (DType::F32, 2e-6), (DType::BF16, 1.6e-2), (DType::F16, 2e-3)];
+
+/// A tensor of [`random`] values for tests, rounded to `dtype`.
+#[cfg(test)]
+pub(super) fn random_tensor(seed: u64, shape: &[usize], dtype: DType) -> Tensor {
+    use crate::device::MemoryKernels;
+    let wide = Tensor::from_slice(&random(seed, shape.iter().product()), shape).unwrap();
+    let t = Tensor::host(shape, dtype);
+    super::Cpu.copy(&wide, &t).unwrap();
+    t
+}
+
+/// The elements as f64, for tests.
+#[cfg(test)]
+pub(super) fn wide(t: &Tensor) -> Vec<f64> {
+    use crate::device::MemoryKernels;
+    let out = Tensor::host(*t.shape(), DType::F64);
+    super::Cpu.copy(t, &out).unwrap();
+    out.to_vec().unwrap()
+}
+
+/// Panics unless `got` lies within `bound` of `want`, relative to the largest value wanted.
+#[cfg(test)]
+pub(super) fn close(got: &Tensor, want: &[f64], bound: f64) {
+    let scale = want.iter().fold(1e-30_f64, |s, v| s.max(v.abs()));
+    assert_eq!(got.elements(), want.len());
+    for (i, (a, b)) in wide(got).iter().zip(want).enumerate() {
+        // A NaN fails too.
+        assert!((a - b).abs() <= bound * scale, "{got:?}[{i}] is {a}, expected {b}");
+    }
+}
+
+/// Runs `f` on 1 and on 4 threads and compares the bits of what it returns.
+#[cfg(test)]
+pub(super) fn same_on_any_thread_count(f: impl Fn() -> Vec<f64> + Sync) {
+    let run = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(&f);
+    let bits = |v: Vec<f64>| v.into_iter().map(f64::to_bits).collect::<Vec<_>>();
+    assert!(bits(run(1)) == bits(run(4)), "another thread count, other bits");
 }
 
 /// `n` values in −1..1 for tests, the same for the same seed.
