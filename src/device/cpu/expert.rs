@@ -211,6 +211,9 @@ mod tests {
                 let silu = g / (1.0 + (-g).exp());
                 assert!((y[r * 4 + j] - silu * u).abs() < 1e-14);
                 assert!((d[r * 8 + 4 + j] - silu).abs() < 1e-14);
+                // By the quotient rule on g / (1 + e^−g).
+                let slope = ((1.0 + (-g).exp()) + g * (-g).exp()) / (1.0 + (-g).exp()).powi(2);
+                assert!((d[r * 8 + j] - u * slope).abs() < 1e-14);
                 assert_eq!((d[r * 8 + j], d[r * 8 + 4 + j]), (d_gate[r * 4 + j], d_up[r * 4 + j]));
             }
         }

@@ -280,7 +280,6 @@ fn check_targets(op: &str, logits: &Tensor, targets: &Tensor, per_row: &[&Tensor
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::MemoryKernels;
     use crate::device::cpu::util::{FLOATS, close, random_tensor as random, same_on_any_thread_count, wide};
 
     const EPS: f64 = 1e-5;
@@ -311,31 +310,53 @@ mod tests {
         }
     }
 
-    #[test]
-    fn norm_gradients_in_every_type_are_those_of_f64() {
-        let (rows, width) = (131, 37);
-        for (dtype, bound) in &FLOATS[1..] {
-            let (x, dy, gain) =
-                (random(1, &[rows, width], *dtype), random(2, &[rows, width], *dtype), random(3, &[width], *dtype));
-            let run = |dtype: DType| {
-                let cast = |t: &Tensor| {
-                    let out = Tensor::host(*t.shape(), dtype);
-                    Cpu.copy(t, &out).unwrap();
-                    out
+    /// [dx, d_gain, d_bias] of a norm by the chain rule, rows centred on their mean or on 0.
+    fn naive_backward(x: &[f64], gain: &[f64], dy: &[f64], centred: bool) -> [Vec<f64>; 3] {
+        let n = gain.len();
+        let (mut dx, mut d_gain, mut d_bias) = (vec![], vec![0.0; n], vec![0.0; n]);
+        for (x, dy) in x.chunks(n).zip(dy.chunks(n)) {
+            let mean = if centred { x.iter().sum::<f64>() / n as f64 } else { 0.0 };
+            let rstd = 1.0 / (x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64 + EPS).sqrt();
+            for j in 0..n {
+                d_gain[j] += dy[j] * (x[j] - mean) * rstd;
+                d_bias[j] += dy[j];
+                // ∂y[i]/∂x[j], one entry of the Jacobian at a time.
+                let shift = if centred { 1.0 / n as f64 } else { 0.0 };
+                let slope = |i: usize| {
+                    let same = f64::from(u8::from(i == j));
+                    gain[i] * (rstd * (same - shift) - (x[i] - mean) * (x[j] - mean) * rstd.powi(3) / n as f64)
                 };
-                let (x, dy, gain) = (cast(&x), cast(&dy), cast(&gain));
-                let zeros = |shape: &[usize]| Tensor::host_zeros(shape, dtype);
+                dx.push((0..n).map(|i| dy[i] * slope(i)).sum());
+            }
+        }
+        [dx, d_gain, d_bias]
+    }
+
+    #[test]
+    fn norm_gradients_of_all_types_follow_the_chain_rule() {
+        for (dtype, bound) in FLOATS {
+            for (rows, width) in [(131, 37), (1, 2), (0, 5)] {
+                let (x, dy) = (random(1, &[rows, width], dtype), random(2, &[rows, width], dtype));
+                let gain = random(3, &[width], dtype);
                 let stat = || Tensor::host([rows], dtype.accumulate());
-                let (mean, rstd, y) = (stat(), stat(), zeros(&[rows, width]));
-                let out = [&[rows, width][..], &[width], &[width], &[rows, width], &[width]].map(zeros);
+                let (mean, rstd, y) = (stat(), stat(), Tensor::host([rows, width], dtype));
+                let zeros = || Tensor::host_zeros([width], dtype);
+                let (dx, d_gain, d_bias) = (Tensor::host([rows, width], dtype), zeros(), zeros());
                 Cpu.layer_norm(&x, &gain, &gain, EPS, &y, &mean, &rstd).unwrap();
-                Cpu.layer_norm_backward(&x, &gain, &mean, &rstd, &dy, &out[0], &out[1], &out[2]).unwrap();
+                Cpu.layer_norm_backward(&x, &gain, &mean, &rstd, &dy, &dx, &d_gain, &d_bias).unwrap();
+                let want = naive_backward(&wide(&x), &wide(&gain), &wide(&dy), true);
+                // Two columns normalise to ±1: what is left of their gradient is rounding.
+                if width > 2 {
+                    close(&dx, &want[0], 2.0 * bound);
+                }
+                close(&d_gain, &want[1], 2.0 * bound);
+                close(&d_bias, &want[2], 2.0 * bound);
+                let d_gain = zeros();
                 Cpu.rms_norm(&x, &gain, EPS, &y, &rstd).unwrap();
-                Cpu.rms_norm_backward(&x, &gain, &rstd, &dy, &out[3], &out[4]).unwrap();
-                out
-            };
-            for (got, want) in run(*dtype).iter().zip(run(DType::F64)) {
-                close(got, &wide(&want), *bound);
+                Cpu.rms_norm_backward(&x, &gain, &rstd, &dy, &dx, &d_gain).unwrap();
+                let want = naive_backward(&wide(&x), &wide(&gain), &wide(&dy), false);
+                close(&dx, &want[0], 2.0 * bound);
+                close(&d_gain, &want[1], 2.0 * bound);
             }
         }
     }
