@@ -92,14 +92,20 @@ impl fmt::Debug for Parameter {
 pub struct Init {
     lane: Lane,
     dtype: DType,
-    seed: u64,
+    /// None: zeros.
+    seed: Option<u64>,
     prefix: String,
 }
 
 impl Init {
     /// Parameters on `lane`'s device, of `dtype`, from `seed`.
     pub fn new(lane: &Lane, dtype: DType, seed: u64) -> Self {
-        Init { lane: lane.clone(), dtype, seed, prefix: String::new() }
+        Init { lane: lane.clone(), dtype, seed: Some(seed), prefix: String::new() }
+    }
+
+    /// Parameters that are zero where [`Init::new`] has them random: for weights that are to be loaded.
+    pub fn zeros(lane: &Lane, dtype: DType) -> Self {
+        Init { lane: lane.clone(), dtype, seed: None, prefix: String::new() }
     }
 
     /// The same with `name.` put before every name.
@@ -128,12 +134,15 @@ impl Init {
     /// If the device has no memory left.
     pub fn normal(&self, name: &str, shape: impl Into<Shape>, std: f64, group: ReduceGroup) -> Result<Parameter> {
         let name = self.name(name);
-        // FNV-1a of the name: a stable number per parameter.
-        let id = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        let unit = self.lane.empty(shape, self.dtype.accumulate())?;
-        self.lane.normal(Counter { seed: self.seed, purpose: Purpose::Init, step: id }, 0, &unit)?;
-        let value = self.lane.empty(*unit.shape(), self.dtype)?;
-        self.lane.axpby(std, &unit, 0.0, &value)?;
+        let value = self.lane.zeros(shape, self.dtype)?;
+        if let Some(seed) = self.seed {
+            // FNV-1a of the name: a stable number per parameter.
+            let hash = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3);
+            let id = name.bytes().fold(0xcbf2_9ce4_8422_2325, hash);
+            let unit = self.lane.empty(*value.shape(), self.dtype.accumulate())?;
+            self.lane.normal(Counter { seed, purpose: Purpose::Init, step: id }, 0, &unit)?;
+            self.lane.axpby(std, &unit, 0.0, &value)?;
+        }
         Parameter::new(&self.lane, name, value, group, true)
     }
 

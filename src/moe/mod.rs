@@ -4,8 +4,6 @@
 //! work on tensors, on a lane; parameters' gradients are added to in place. What a forward keeps for its backward it
 //! returns as [`Saved`].
 
-mod named;
-
 pub mod expert;
 pub mod gate;
 mod hooks;

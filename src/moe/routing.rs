@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 /// How many rows an expert takes from one routing group.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "Written", into = "Written")]
 pub enum Capacity {
     /// C = ceil(f·k·T/E), T the group's tokens; what exceeds it is dropped.
     Factor(f64),
@@ -42,16 +42,30 @@ impl FromStr for Capacity {
     }
 }
 
-impl TryFrom<String> for Capacity {
+/// A capacity as configuration files have it: `1.25` or `"*"`.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Factor(f64),
+    Text(String),
+}
+
+impl TryFrom<Written> for Capacity {
     type Error = crate::Error;
-    fn try_from(s: String) -> Result<Self> {
-        s.parse()
+    fn try_from(written: Written) -> Result<Self> {
+        match written {
+            Written::Factor(f) => f.to_string().parse(),
+            Written::Text(s) => s.parse(),
+        }
     }
 }
 
-impl From<Capacity> for String {
-    fn from(capacity: Capacity) -> String {
-        capacity.to_string()
+impl From<Capacity> for Written {
+    fn from(capacity: Capacity) -> Written {
+        match capacity {
+            Capacity::Factor(f) => Written::Factor(f),
+            Capacity::Dropless => Written::Text("*".to_owned()),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Element types.
 
+use crate::named::named;
 use half::{bf16, f16};
 use std::fmt;
 
@@ -42,24 +43,8 @@ impl DType {
             _ => DType::F32,
         }
     }
-
-    /// The lower-case name: `f64`, `f32`, `bf16`, `f16`, `i32`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            DType::F64 => "f64",
-            DType::F32 => "f32",
-            DType::BF16 => "bf16",
-            DType::F16 => "f16",
-            DType::I32 => "i32",
-        }
-    }
 }
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+named!(DType, "dtype", { F64 => "f64", F32 => "f32", BF16 => "bf16", F16 => "f16", I32 => "i32" });
 
 /// A Rust type that can be a tensor's element.
 pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug {

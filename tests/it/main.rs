@@ -2,8 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // A test that cannot go on fails.
 
+mod checkpoint;
 mod cuda;
+mod golden_models;
 mod gradients;
+mod model;
 mod moe;
 mod properties;
 mod support;

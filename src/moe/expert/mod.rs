@@ -7,10 +7,10 @@ mod products;
 pub use gpt::GptFfn;
 pub use mixtral::MixtralFfn;
 
-use super::named::named;
 use super::{Expert, MoeConfig};
 use crate::autograd::Init;
 use crate::error::Result;
+use crate::named::named;
 
 /// The experts of this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

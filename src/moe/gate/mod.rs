@@ -15,11 +15,11 @@ pub use soft::SoftGate;
 pub use top_k::TopKGate;
 pub use x_moe::XMoeGate;
 
-use super::named::named;
 use super::{Gate, GateContext, MoeConfig};
 use crate::autograd::{Init, Parameter};
 use crate::device::Lane;
 use crate::error::{Result, shape_err};
+use crate::named::named;
 use crate::tensor::Tensor;
 
 /// The gates of this crate.

@@ -1,4 +1,4 @@
-//! Module kinds by name, as the command line, configuration files and error messages have them.
+//! Enums by name, as the command line, configuration files and error messages have them.
 
 /// Gives an enum of unit variants `ALL`, `FromStr`, `Display` and serde through the names written here.
 macro_rules! named {

@@ -1,0 +1,35 @@
+//! The command line: one file per subcommand, no logic.
+
+mod doctor;
+mod sample;
+mod train;
+
+use clap::{Parser, Subcommand};
+
+/// Trains sparse Mixture-of-Experts models.
+#[derive(Parser)]
+#[command(version, about)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model on text; with no --data, on this project's own sources
+    Train(Box<train::Args>),
+    /// Continue a prompt with a trained model
+    Sample(sample::Args),
+    /// Tell what this machine has, and what fsmoe will use
+    Doctor(doctor::Args),
+}
+
+impl Cli {
+    pub(crate) fn run(self) -> fsmoe::Result<()> {
+        match self.command {
+            Command::Train(args) => args.run(),
+            Command::Sample(args) => args.run(),
+            Command::Doctor(args) => args.run(),
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! `fsmoe sample`.
+
+use fsmoe::device::Lane;
+use fsmoe::model::{Sampling, checkpoint as weights, generate};
+use fsmoe::tensor::DType;
+use fsmoe::train::{RunDir, checkpoint};
+use fsmoe::{Error, Result};
+use std::io::Write;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run folder, checkpoint, or Hugging Face Mixtral folder; by default the newest run below runs/
+    #[arg(value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Text to continue
+    #[arg(long, default_value = "\n")]
+    prompt: String,
+    /// Bytes to write
+    #[arg(long, default_value_t = 500)]
+    bytes: usize,
+    /// Logits are divided by it; 0 takes the most probable byte each time
+    #[arg(long, default_value_t = 0.7)]
+    temperature: f64,
+    /// Draw only from the most probable bytes that together reach this probability
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f64,
+    /// The same seed, model and prompt give the same text
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+impl Args {
+    pub(crate) fn run(self) -> Result<()> {
+        let path = match self.model {
+            Some(path) => path,
+            None => RunDir::newest()?.path().to_path_buf(),
+        };
+        let dir = checkpoint::find(&path)?;
+        let lane = Lane::cpu();
+        let config = weights::read_config(&dir)?;
+        if config.vocab != 256 {
+            return Err(Error::Config(format!(
+                "{}: a vocabulary of {}; sampling writes bytes, and takes a byte-level model (256)",
+                dir.display(),
+                config.vocab
+            )));
+        }
+        let model = weights::load(&dir, &lane, DType::F32)?;
+        let prompt: Vec<i32> = self.prompt.bytes().map(i32::from).collect();
+        let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed };
+        let mut out = std::io::stdout().lock();
+        let written = |e| Error::io("standard output", e);
+        out.write_all(self.prompt.as_bytes()).map_err(written)?;
+        generate(&lane, &model, &prompt, self.bytes, sampling, |byte| {
+            out.write_all(&[byte as u8]).and_then(|()| out.flush()).map_err(written)
+        })?;
+        out.write_all(b"\n").map_err(written)
+    }
+}

@@ -1,0 +1,37 @@
+//! `fsmoe train`.
+
+use fsmoe::Result;
+use fsmoe::train::{Request, Settings, train};
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    settings: Settings,
+    /// TOML file with any of these settings (`_` for `-`); flags win over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Go on from a run folder's newest checkpoint, or from a checkpoint in one
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Only JSON lines on standard output, everything else on standard error
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    pub(crate) fn run(self) -> Result<()> {
+        let settings = match &self.config {
+            Some(path) => self.settings.or(Settings::read(path)?),
+            None => self.settings,
+        };
+        let json = self.json.then(|| Box::new(std::io::stdout()) as Box<dyn std::io::Write>);
+        let summary = train(Request { settings, resume: self.resume, json })?;
+        if self.json {
+            eprint!("{summary}");
+        } else {
+            print!("{summary}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,135 @@
+//! Causal self-attention: over whole sequences, and one token at a time over cached keys and values.
+
+use super::config::{Arch, ModelConfig};
+use super::ffn::Conv1d;
+use crate::autograd::{Init, Parameter, ReduceGroup, Tape, Var};
+use crate::device::{AttentionShape, Lane, Rope};
+use crate::error::Result;
+use crate::tensor::{DType, Tensor};
+
+/// Causal self-attention with its projections.
+pub(super) struct Attention {
+    projections: Projections,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    max_seq: usize,
+}
+
+enum Projections {
+    /// Queries, keys and values from one matrix; biases; no rotation.
+    Gpt2 { c_attn: Conv1d, c_proj: Conv1d },
+    /// A matrix each, (out, in); queries and keys are rotated.
+    Mixtral { q: Parameter, k: Parameter, v: Parameter, o: Parameter, theta: f64 },
+}
+
+/// The keys and values of the tokens of one sequence so far, of one attention.
+pub(super) struct Cache {
+    /// (max_seq, Hkv, D), rotated.
+    keys: Tensor,
+    /// (max_seq, Hkv, D).
+    values: Tensor,
+}
+
+impl Attention {
+    /// Random weights, under Hugging Face's names for the architecture.
+    pub(super) fn new(init: &Init, config: &ModelConfig) -> Result<Self> {
+        let (m, d) = (config.hidden, config.head_dim());
+        let (std, output_std, kv) = (config.init_std, config.output_std(), config.kv_heads * d);
+        let matrix = |name, shape: [usize; 2], std| init.normal(name, shape, std, ReduceGroup::Replicated);
+        let projections = match config.arch {
+            Arch::Gpt2 => Projections::Gpt2 {
+                c_attn: Conv1d::new(&init.child("c_attn"), m, m + 2 * kv, std)?,
+                c_proj: Conv1d::new(&init.child("c_proj"), m, m, output_std)?,
+            },
+            Arch::Mixtral => Projections::Mixtral {
+                q: matrix("q_proj.weight", [m, m], std)?,
+                k: matrix("k_proj.weight", [kv, m], std)?,
+                v: matrix("v_proj.weight", [kv, m], std)?,
+                o: matrix("o_proj.weight", [m, m], output_std)?,
+                theta: config.rope_theta,
+            },
+        };
+        Ok(Attention {
+            projections,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: d,
+            max_seq: config.max_seq,
+        })
+    }
+
+    pub(super) fn parameters(&self) -> Vec<Parameter> {
+        match &self.projections {
+            Projections::Gpt2 { c_attn, c_proj } => [c_attn.parameters(), c_proj.parameters()].concat(),
+            Projections::Mixtral { q, k, v, o, .. } => vec![q.clone(), k.clone(), v.clone(), o.clone()],
+        }
+    }
+
+    /// x: (B·L, M) to (B·L, M), each sequence for itself.
+    pub(super) fn forward(&self, tape: &Tape, x: &Var, batch: usize, seq: usize) -> Result<Var> {
+        let [q, k, v] = self.qkv(tape, x, batch, seq, 0)?;
+        let Attention { heads, kv_heads, head_dim, .. } = *self;
+        let mixed = tape.attention(AttentionShape { batch, seq, heads, kv_heads, head_dim }, &q, &k, &v)?;
+        self.output(tape, &tape.reshape(&mixed, [batch * seq, heads * head_dim])?)
+    }
+
+    /// Queries (B·L, Hq·D), keys and values (B·L, Hkv·D); the sequences' first tokens stand at position `first`.
+    fn qkv(&self, tape: &Tape, x: &Var, batch: usize, seq: usize, first: usize) -> Result<[Var; 3]> {
+        let (width, kv_width) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        match &self.projections {
+            Projections::Gpt2 { c_attn, .. } => {
+                let all = c_attn.forward(tape, x)?;
+                Ok([
+                    tape.narrow(&all, 1, 0, width)?,
+                    tape.narrow(&all, 1, width, kv_width)?,
+                    tape.narrow(&all, 1, width + kv_width, kv_width)?,
+                ])
+            }
+            Projections::Mixtral { q, k, v, theta, .. } => {
+                let rotated = |weight: &Parameter, heads: usize| {
+                    let projected = tape.linear(x, &tape.param(weight), None)?;
+                    let by_head = tape.reshape(&projected, [batch, seq, heads, self.head_dim])?;
+                    let turned = tape.rope(&by_head, Rope { theta: *theta, first })?;
+                    tape.reshape(&turned, [batch * seq, heads * self.head_dim])
+                };
+                Ok([rotated(q, self.heads)?, rotated(k, self.kv_heads)?, tape.linear(x, &tape.param(v), None)?])
+            }
+        }
+    }
+
+    fn output(&self, tape: &Tape, mixed: &Var) -> Result<Var> {
+        match &self.projections {
+            Projections::Gpt2 { c_proj, .. } => c_proj.forward(tape, mixed),
+            Projections::Mixtral { o, .. } => tape.linear(mixed, &tape.param(o), None),
+        }
+    }
+
+    /// An empty cache.
+    pub(super) fn cache(&self, lane: &Lane, dtype: DType) -> Result<Cache> {
+        let shape = [self.max_seq, self.kv_heads, self.head_dim];
+        Ok(Cache { keys: lane.empty(shape, dtype)?, values: lane.empty(shape, dtype)? })
+    }
+
+    /// The token at `position`, x: (1, M), with those before it in `cache`, to which it is added. No gradients.
+    pub(super) fn decode(&self, tape: &Tape, x: &Var, cache: &Cache, position: usize) -> Result<Var> {
+        let lane = tape.lane();
+        let [q, k, v] = self.qkv(tape, x, 1, 1, position)?;
+        let Attention { heads, kv_heads, head_dim, .. } = *self;
+        for (new, all) in [(&k, &cache.keys), (&v, &cache.values)] {
+            lane.copy(&new.value().reshape([kv_heads, head_dim])?, &all.index(position)?)?;
+        }
+        let seen = position + 1;
+        // Key head by key head: (Hkv, Hq/Hkv, D) queries against (Hkv, L, D) keys.
+        let queries = lane.contiguous(q.value())?.reshape([kv_heads, heads / kv_heads, head_dim])?;
+        let keys = cache.keys.narrow(0, 0, seen)?.transpose(0, 1)?;
+        let values = cache.values.narrow(0, 0, seen)?.transpose(0, 1)?;
+        let scores = lane.empty([kv_heads, heads / kv_heads, seen], queries.dtype())?;
+        lane.gemm(1.0 / (head_dim as f64).sqrt(), &queries, &keys.t()?, 0.0, &scores)?;
+        let weights = lane.empty_like(&scores)?;
+        lane.softmax(&scores, &weights)?;
+        let mixed = lane.empty_like(&queries)?;
+        lane.gemm(1.0, &weights, &values, 0.0, &mixed)?;
+        self.output(tape, &tape.constant(mixed.reshape([1, heads * head_dim])?))
+    }
+}

@@ -1,0 +1,138 @@
+//! A transformer block: attention, then an MoE layer or a dense FFN, each on a norm of the stream and added to it.
+
+use super::attention::{Attention, Cache};
+use super::config::{Arch, ModelConfig};
+use super::ffn::Ffn;
+use super::norm::Norm;
+use crate::autograd::{Init, Parameter, Tape, Var};
+use crate::device::Lane;
+use crate::error::Result;
+use crate::moe::{MoeLayer, Routing, StepContext};
+use crate::tensor::{DType, Tensor};
+
+/// A transformer block, pre-norm.
+pub struct Block {
+    attention_norm: Norm,
+    attention: Attention,
+    ffn_norm: Norm,
+    feed_forward: FeedForward,
+}
+
+enum FeedForward {
+    Dense(Ffn),
+    Moe { layer: MoeLayer, shared: Option<Ffn> },
+}
+
+/// What a block gives.
+#[derive(Clone, Debug)]
+pub struct BlockOutput {
+    /// (B·L, M).
+    pub y: Var,
+    /// The MoE layer's weighted losses, (1) acc, and its routing; none for a dense block.
+    pub moe: Option<(Var, Routing)>,
+}
+
+impl Block {
+    /// Block `layer`, counted from 0, of a model. Names under `init`'s prefix are GPT-2's or Mixtral's in Hugging Face's
+    /// transformers; what those lack is named alike: GPT-2's MoE layer is `moe`, Mixtral's dense FFN `mlp`.
+    ///
+    /// # Errors
+    /// If the settings break a rule, or the device has no memory left.
+    pub fn new(init: &Init, config: &ModelConfig, layer: usize) -> Result<Self> {
+        config.validate()?;
+        let (attention_norm, attention, ffn_norm, moe) = match config.arch {
+            Arch::Gpt2 => ("ln_1", "attn", "ln_2", "moe"),
+            Arch::Mixtral => ("input_layernorm", "self_attn", "post_attention_layernorm", "block_sparse_moe"),
+        };
+        let feed_forward = if config.has_moe(layer) {
+            let init = init.child(moe);
+            let width = config.shared_experts * config.ffn;
+            FeedForward::Moe {
+                layer: MoeLayer::new(&init, &config.moe_layer())?,
+                shared: (width > 0).then(|| Ffn::new(&init.child("shared_expert"), config, width)).transpose()?,
+            }
+        } else {
+            FeedForward::Dense(Ffn::new(&init.child("mlp"), config, config.ffn)?)
+        };
+        Ok(Block {
+            attention_norm: Norm::new(&init.child(attention_norm), config)?,
+            attention: Attention::new(&init.child(attention), config)?,
+            ffn_norm: Norm::new(&init.child(ffn_norm), config)?,
+            feed_forward,
+        })
+    }
+
+    /// Its parameters, in the order of the computation.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let feed_forward = match &self.feed_forward {
+            FeedForward::Dense(ffn) => ffn.parameters(),
+            FeedForward::Moe { layer, shared } => {
+                let shared = shared.as_ref().map_or(Vec::new(), Ffn::parameters);
+                [layer.parameters(), shared].concat()
+            }
+        };
+        let norms = (self.attention_norm.parameters(), self.ffn_norm.parameters());
+        [norms.0, self.attention.parameters(), norms.1, feed_forward].concat()
+    }
+
+    /// State without gradient that checkpoints keep, by name.
+    pub fn buffers(&self) -> Vec<(String, Tensor)> {
+        self.moe().map_or(Vec::new(), MoeLayer::buffers)
+    }
+
+    /// Its MoE layer; none where the FFN is dense.
+    pub fn moe(&self) -> Option<&MoeLayer> {
+        match &self.feed_forward {
+            FeedForward::Dense(_) => None,
+            FeedForward::Moe { layer, .. } => Some(layer),
+        }
+    }
+
+    /// Runs the block on x: (B·L, M).
+    ///
+    /// # Errors
+    /// If x has another shape, or the device fails.
+    pub fn forward(&self, tape: &Tape, x: &Var, batch: usize, seq: usize, step: StepContext) -> Result<BlockOutput> {
+        self.run(tape, x, step, |h| self.attention.forward(tape, h, batch, seq))
+    }
+
+    /// An empty cache for [`Block::decode`].
+    pub(super) fn cache(&self, lane: &Lane, dtype: DType) -> Result<Cache> {
+        self.attention.cache(lane, dtype)
+    }
+
+    /// The token at `position`, x: (1, M), with those before it in `cache`, to which it is added. No gradients.
+    pub(super) fn decode(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        cache: &Cache,
+        position: usize,
+        step: StepContext,
+    ) -> Result<Var> {
+        Ok(self.run(tape, x, step, |h| self.attention.decode(tape, h, cache, position))?.y)
+    }
+
+    fn run(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        step: StepContext,
+        attend: impl FnOnce(&Var) -> Result<Var>,
+    ) -> Result<BlockOutput> {
+        let x = tape.add(x, &attend(&self.attention_norm.forward(tape, x)?)?)?;
+        let h = self.ffn_norm.forward(tape, &x)?;
+        let (y, moe) = match &self.feed_forward {
+            FeedForward::Dense(ffn) => (ffn.forward(tape, &h)?, None),
+            FeedForward::Moe { layer, shared } => {
+                let out = layer.forward(tape, &h, step)?;
+                let y = match shared {
+                    Some(shared) => tape.add(&out.y, &shared.forward(tape, &h)?)?,
+                    None => out.y,
+                };
+                (y, Some((out.aux_loss, out.routing)))
+            }
+        };
+        Ok(BlockOutput { y: tape.add(&x, &y)?, moe })
+    }
+}

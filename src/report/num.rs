@@ -1,0 +1,58 @@
+//! Numbers as people read them.
+
+/// A count with three digits and a decimal prefix: `950`, `12.3k`, `46.7B`.
+pub fn count(n: f64) -> String {
+    scaled(n, 1000.0, &["", "k", "M", "B", "T"])
+}
+
+/// Bytes with a binary prefix: `512 B`, `1.20 GiB`.
+pub fn bytes(n: f64) -> String {
+    scaled(n, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB"])
+}
+
+fn scaled(n: f64, base: f64, units: &[&str]) -> String {
+    let mut value = n;
+    let mut unit = 0;
+    // 999.5 and up would be written with four digits.
+    while value.abs() >= base - 0.5 && unit + 1 < units.len() {
+        value /= base;
+        unit += 1;
+    }
+    let decimals = match value.abs() {
+        _ if unit == 0 => 0,
+        v if v < 9.995 => 2,
+        v if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$}{}", units[unit])
+}
+
+/// A duration: `4.2 s`, `3 min 12 s`, `2 h 05 min`.
+pub fn seconds(s: f64) -> String {
+    let whole = s.round() as u64;
+    match whole {
+        _ if s < 9.95 => format!("{s:.1} s"),
+        w if w < 60 => format!("{w} s"),
+        w if w < 3600 => format!("{} min {:02} s", w / 60, w % 60),
+        w => format!("{} h {:02} min", w / 3600, w / 60 % 60),
+    }
+}
+
+/// A fraction of one as a percentage: `0 %`, `1.3 %`.
+pub fn percent(fraction: f64) -> String {
+    if fraction == 0.0 { "0 %".to_owned() } else { format!("{:.1} %", fraction * 100.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_digits_and_a_unit() {
+        let counts = [0.0, 950.0, 999.6, 12_345.0, 123_456.0, 46.7e9];
+        assert_eq!(counts.map(count), ["0", "950", "1.00k", "12.3k", "123k", "46.7B"]);
+        assert_eq!([512.0, 1536.0, 1.2 * 1073741824.0].map(bytes), ["512 B", "1.50 KiB", "1.20 GiB"]);
+        assert_eq!([4.2, 59.7, 192.0, 7500.0].map(seconds), ["4.2 s", "1 min 00 s", "3 min 12 s", "2 h 05 min"]);
+        assert_eq!([0.0, 0.0134, 1.0].map(percent), ["0 %", "1.3 %", "100.0 %"]);
+    }
+}

@@ -1,0 +1,187 @@
+//! AdamW over a model's parameters, with gradient clipping by global norm and a warm-up and cosine schedule.
+
+use crate::autograd::Parameter;
+use crate::device::{AdamW, Lane};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// What stays the same over a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// The last step's learning rate over the peak's.
+    pub min_lr_ratio: f64,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
+    /// Steps of the whole schedule, warm-up included.
+    pub steps: u64,
+    /// Decoupled weight decay, on parameters that decay.
+    pub weight_decay: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// The largest global gradient norm a step is taken with.
+    pub clip: f64,
+}
+
+impl OptimizerConfig {
+    /// The learning rate of step `step` (from 0): linear warm-up, then half a cosine down to the minimum.
+    pub fn lr_at(&self, step: u64) -> f64 {
+        if step < self.warmup {
+            return self.lr * (step + 1) as f64 / self.warmup as f64;
+        }
+        let span = self.steps.saturating_sub(self.warmup + 1).max(1);
+        let progress = ((step - self.warmup) as f64 / span as f64).min(1.0);
+        let min = self.lr * self.min_lr_ratio;
+        min + (self.lr - min) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+    }
+}
+
+/// AdamW with its state: moments in the accumulation type, and a master copy of parameters stored in 16 bits.
+pub struct Optimizer {
+    lane: Lane,
+    config: OptimizerConfig,
+    params: Vec<State>,
+    sum: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+}
+
+struct State {
+    param: Parameter,
+    /// The weights that are updated; the parameter's own value where that has the accumulation type.
+    master: Tensor,
+    m: Tensor,
+    v: Tensor,
+}
+
+impl Optimizer {
+    /// Zero moments for `params`.
+    ///
+    /// # Errors
+    /// If the device has no memory left.
+    pub fn new(lane: &Lane, config: OptimizerConfig, params: Vec<Parameter>) -> Result<Self> {
+        let params = params
+            .into_iter()
+            .map(|param| {
+                let (value, acc) = (param.value(), param.value().dtype().accumulate());
+                let master = if value.dtype() == acc { value.clone() } else { lane.cast(value, acc)? };
+                let (m, v) = (lane.zeros(*value.shape(), acc)?, lane.zeros(*value.shape(), acc)?);
+                Ok(State { param, master, m, v })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let acc = params.first().map_or(DType::F32, |p| p.m.dtype());
+        let one = || lane.zeros([1], acc);
+        Ok(Optimizer { lane: lane.clone(), config, params, sum: one()?, norm: one()?, scale: one()? })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &OptimizerConfig {
+        &self.config
+    }
+
+    /// Sets every gradient to zero.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn zero_grad(&self) -> Result<()> {
+        self.params.iter().try_for_each(|p| p.param.zero_grad(&self.lane))
+    }
+
+    /// Computes the global norm of the gradients times `grad_scale` (one over the number of accumulated micro-batches),
+    /// and the clipping factor that [`Optimizer::step`] will use; returns the norm.
+    ///
+    /// # Errors
+    /// If the device fails, and [`Error::Numeric`] naming the parameter if a gradient is not finite.
+    pub fn measure(&self, grad_scale: f64) -> Result<f64> {
+        self.lane.fill(&self.sum, 0.0)?;
+        for p in &self.params {
+            self.lane.dot(p.param.grad(), p.param.grad(), &self.sum)?;
+        }
+        self.lane.clip_scale(&self.sum, grad_scale, self.config.clip, &self.norm, &self.scale)?;
+        let norm = self.lane.scalar(&self.norm)?;
+        if !norm.is_finite() {
+            return Err(self.blame());
+        }
+        Ok(norm)
+    }
+
+    /// One step with the learning rate of `step` (from 0), after [`Optimizer::measure`].
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn step(&mut self, step: u64) -> Result<()> {
+        for p in &self.params {
+            let settings = AdamW {
+                lr: self.config.lr_at(step),
+                beta1: self.config.beta1,
+                beta2: self.config.beta2,
+                eps: self.config.eps,
+                weight_decay: if p.param.decay() { self.config.weight_decay } else { 0.0 },
+                step: step + 1,
+            };
+            self.lane.adamw(settings, &self.scale, &p.master, &p.m, &p.v, p.param.grad())?;
+            if p.master.dtype() != p.param.value().dtype() {
+                self.lane.copy(&p.master, p.param.value())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The state a checkpoint keeps, by name: `m.NAME`, `v.NAME`, and `master.NAME` for 16-bit parameters.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut out = Vec::new();
+        for p in &self.params {
+            let name = p.param.name();
+            out.push((format!("m.{name}"), p.m.clone()));
+            out.push((format!("v.{name}"), p.v.clone()));
+            if p.master.dtype() != p.param.value().dtype() {
+                out.push((format!("master.{name}"), p.master.clone()));
+            }
+        }
+        out
+    }
+
+    /// The error that names the first parameter whose gradient is not finite.
+    fn blame(&self) -> Error {
+        for p in &self.params {
+            let host = self.lane.cast(p.param.grad(), DType::F64).and_then(|t| self.lane.to_host(&t));
+            match host.and_then(|t| t.to_vec::<f64>()) {
+                Ok(values) if values.iter().all(|v| v.is_finite()) => {}
+                Ok(_) => return Error::Numeric(format!("the gradient of {} is not finite", p.param.name())),
+                Err(e) => return e,
+            }
+        }
+        Error::Numeric("the global gradient norm overflows, though every gradient is finite".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warm_up_then_cosine() {
+        let c = OptimizerConfig {
+            lr: 1.0,
+            min_lr_ratio: 0.1,
+            warmup: 4,
+            steps: 101,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            clip: 1.0,
+        };
+        assert_eq!(c.lr_at(0), 0.25);
+        assert_eq!(c.lr_at(3), 1.0);
+        assert_eq!(c.lr_at(4), 1.0);
+        assert!((c.lr_at(52) - 0.55).abs() < 1e-12, "halfway");
+        assert!((c.lr_at(100) - 0.1).abs() < 1e-12, "the last step has the minimum");
+        assert!((c.lr_at(500) - 0.1).abs() < 1e-12);
+    }
+}

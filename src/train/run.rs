@@ -1,0 +1,206 @@
+//! The folder of a run: config.toml, metrics.jsonl, loss.svg, checkpoints/.
+
+use crate::error::{Error, Result, config_err};
+use crate::fsio::atomic_write;
+use serde::Serialize;
+use serde_json::Value;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The folder of a run.
+#[derive(Clone, Debug)]
+pub struct RunDir(PathBuf);
+
+impl RunDir {
+    /// A new folder: `out`, or `runs/PRESET-DATE-TIME` (UTC).
+    ///
+    /// # Errors
+    /// If `out` holds a run already, or the folder cannot be made.
+    pub fn create(out: Option<&Path>, preset: &str) -> Result<Self> {
+        let path = match out {
+            Some(out) if out.join("config.toml").exists() => {
+                config_err!(
+                    "--out {}: there is a run in it; go on with it by --resume {0}, or name another folder",
+                    out.display()
+                );
+            }
+            Some(out) => out.to_path_buf(),
+            None => {
+                let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                let base = format!("runs/{preset}-{}", utc(seconds));
+                let numbered = (2..).map(|n| PathBuf::from(format!("{base}-{n}")));
+                let free = std::iter::once(PathBuf::from(&base)).chain(numbered).find(|p| !p.exists());
+                free.unwrap_or_else(|| base.into())
+            }
+        };
+        fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+        Ok(RunDir(path))
+    }
+
+    /// The folder of a run that is there.
+    ///
+    /// # Errors
+    /// If there is no config.toml in it.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.join("config.toml").is_file() {
+            config_err!("{}: not the folder of a run: there is no config.toml in it", path.display());
+        }
+        Ok(RunDir(path.to_path_buf()))
+    }
+
+    /// The newest run below `runs/`, by the time its config.toml was written.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn newest() -> Result<Self> {
+        let entries = fs::read_dir("runs").into_iter().flatten().flatten().map(|e| e.path());
+        let written = |p: &PathBuf| fs::metadata(p.join("config.toml")).and_then(|m| m.modified()).ok();
+        match entries.filter_map(|p| Some((written(&p)?, p))).max() {
+            Some((_, path)) => Ok(RunDir(path)),
+            None => config_err!("there is no run in the folder runs/: name a run or a checkpoint, or train first"),
+        }
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// config.toml: the settings.
+    pub fn config(&self) -> PathBuf {
+        self.0.join("config.toml")
+    }
+
+    /// metrics.jsonl: a row per step and evaluation.
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+
+    /// loss.svg.
+    pub fn loss_svg(&self) -> PathBuf {
+        self.0.join("loss.svg")
+    }
+
+    /// The folder of checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+
+    /// Writes config.toml.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_config(&self, toml: &str) -> Result<()> {
+        let path = self.config();
+        atomic_write(&path, |w| w.write_all(toml.as_bytes()).map_err(|e| Error::io(&path, e)))
+    }
+
+    /// Opens metrics.jsonl to append to, first cutting off the rows of steps from `next_step` on and a last row that was
+    /// not written to its end: what a run that goes on from a checkpoint is about to do again.
+    ///
+    /// # Errors
+    /// If the file cannot be read or written.
+    pub fn append_metrics(&self, next_step: u64) -> Result<Metrics> {
+        let path = self.metrics();
+        if path.exists() {
+            let rows: Vec<Value> = self.read_metrics()?;
+            let kept = rows.iter().filter(|row| row["step"].as_u64().is_some_and(|s| s < next_step));
+            let text: String = kept.map(|row| format!("{row}\n")).collect();
+            atomic_write(&path, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io(&path, e)))?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io(&path, e))?;
+        Ok(Metrics { file, path })
+    }
+
+    /// The rows of metrics.jsonl; a last row that was not written to its end is left out.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn read_metrics(&self) -> Result<Vec<Value>> {
+        let path = self.metrics();
+        let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        Ok(text.lines().map_while(|line| serde_json::from_str(line).ok()).collect())
+    }
+}
+
+/// metrics.jsonl, open.
+pub struct Metrics {
+    file: File,
+    path: PathBuf,
+}
+
+impl Metrics {
+    /// Appends a row.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn append(&mut self, row: &impl Serialize) -> Result<()> {
+        let text = serde_json::to_string(row).map_err(|e| Error::Config(format!("a row of metrics: {e}")))?;
+        // One write: a row is there or it is not.
+        self.file.write_all(format!("{text}\n").as_bytes()).map_err(|e| Error::io(&self.path, e))
+    }
+}
+
+/// YYYYMMDD-HHMMSS in UTC, from seconds since 1970.
+fn utc(seconds: u64) -> String {
+    let (mut days, of_day) = (seconds / 86_400, seconds % 86_400);
+    let mut year = 1970;
+    let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
+    loop {
+        let length = if leap(year) { 366 } else { 365 };
+        if days < length {
+            break;
+        }
+        days -= length;
+        year += 1;
+    }
+    let mut month = 1;
+    for length in [31, if leap(year) { 29 } else { 28 }, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    format!("{year:04}{month:02}{:02}-{:02}{:02}{:02}", days + 1, of_day / 3600, of_day / 60 % 60, of_day % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn dates() {
+        assert_eq!(utc(0), "19700101-000000");
+        assert_eq!(utc(951_826_153), "20000229-120913");
+        assert_eq!(utc(1_735_689_599), "20241231-235959");
+    }
+
+    #[test]
+    fn metrics_go_on_from_a_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::create(Some(dir.path()), "x").unwrap();
+        let mut metrics = run.append_metrics(0).unwrap();
+        for step in 0..5 {
+            metrics.append(&json!({"event": "step", "step": step})).unwrap();
+        }
+        metrics.file.write_all(b"{\"event\":\"st").unwrap();
+        run.append_metrics(3).unwrap().append(&json!({"event": "step", "step": 3, "again": true})).unwrap();
+        let rows = run.read_metrics().unwrap();
+        assert_eq!(rows.len(), 4);
+        assert_eq!((rows[2]["step"].as_u64(), rows[3]["again"].as_bool()), (Some(2), Some(true)));
+    }
+
+    #[test]
+    fn a_folder_with_a_run_is_not_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::create(Some(dir.path()), "x").unwrap();
+        assert!(RunDir::open(dir.path()).is_err());
+        run.write_config("steps = 1\n").unwrap();
+        assert!(RunDir::create(Some(dir.path()), "x").unwrap_err().to_string().contains("--resume"));
+        assert_eq!(RunDir::open(dir.path()).unwrap().path(), dir.path());
+    }
+}

@@ -1,0 +1,312 @@
+//! A training run from its settings to its last checkpoint.
+
+use super::checkpoint::{self, RunState};
+use super::config::{Settings, TrainConfig};
+use super::data::Corpus;
+use super::interrupt;
+use super::progress::{DoneEvent, EvalEvent, Reporter, StepEvent};
+use super::run::{Metrics, RunDir};
+use super::trainer::{StepOutcome, Trainer};
+use crate::device::Lane;
+use crate::error::{Error, Result, config_err};
+use crate::fsio::atomic_write;
+use crate::model::ModelConfig;
+use crate::moe::RoutingStats;
+use crate::report::{LossCurves, Summary, loss_svg};
+use std::collections::VecDeque;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What to do.
+pub struct Request {
+    /// The settings given for this run.
+    pub settings: Settings,
+    /// A run folder, or a checkpoint in one, to go on from.
+    pub resume: Option<PathBuf>,
+    /// Where JSON lines go, if they are asked for.
+    pub json: Option<Box<dyn Write>>,
+}
+
+/// Steps whose training loss and loads the summary is about.
+const LAST: usize = 20;
+
+/// Runs a training run to its end and returns what it came to.
+///
+/// # Errors
+/// For settings, data or checkpoints that break a rule; [`Error::Numeric`] if the loss is not finite;
+/// [`Error::Interrupted`] after Ctrl-C, with a checkpoint saved.
+pub fn train(request: Request) -> Result<Summary> {
+    let lane = Lane::cpu();
+    let resumed = request.resume.as_deref().map(checkpoint::find).transpose()?;
+    let settings = match &resumed {
+        Some(dir) => request.settings.clone().or(resumed_settings(dir)?),
+        None => request.settings.clone(),
+    };
+    let (config, model) = settings.resolve()?;
+    let corpus = match &settings.data {
+        Some(path) => Corpus::open(path)?,
+        None => Corpus::builtin(),
+    };
+    let data = corpus.name().to_owned();
+    let mut trainer = Trainer::new(&lane, &config, &model, corpus)?;
+    if let Some(dir) = &resumed {
+        let state = checkpoint::restore(dir, &lane, &mut trainer)?;
+        check_continuation(dir, &state, &config)?;
+    }
+    let folder = match (&resumed, &request.settings.out) {
+        (Some(dir), None) => RunDir::open(&run_of(dir)?)?,
+        (_, out) => RunDir::create(out.as_deref(), &config.preset)?,
+    };
+    let settings = Settings { out: None, ..settings };
+    folder.write_config(&settings.to_toml()?)?;
+    let first = trainer.steps_done();
+    let metrics = folder.append_metrics(first + 1)?;
+    interrupt::install()?;
+    let reporter = Reporter::new(request.json, first, config.stop_at);
+    if trainer.model().sees_other_tokens() {
+        reporter.note(&format!(
+            "note: the {} gate routes a token by looking at others of its batch, later ones included, so this causal \
+             model's loss is not comparable with other gates'",
+            model.moe.gate
+        ));
+    }
+    let session = Session {
+        lane,
+        config,
+        model,
+        data,
+        trainer,
+        folder,
+        metrics,
+        reporter,
+        outcomes: VecDeque::new(),
+        saved: None,
+        evaluated: None,
+        train_seconds: 0.0,
+        first,
+    };
+    session.run()
+}
+
+/// The settings of the run that a checkpoint lies in.
+fn resumed_settings(dir: &Path) -> Result<Settings> {
+    Settings::read(&run_of(dir)?.join("config.toml"))
+}
+
+/// The run folder of `RUN/checkpoints/step-N`.
+fn run_of(dir: &Path) -> Result<PathBuf> {
+    let full = std::fs::canonicalize(dir).map_err(|e| Error::io(dir, e))?;
+    match full.parent().and_then(Path::parent) {
+        Some(run) if run.join("config.toml").is_file() => Ok(run.to_path_buf()),
+        _ => Err(Error::Checkpoint {
+            path: dir.to_path_buf(),
+            reason: "not RUN/checkpoints/step-NNNNNN of a run with a config.toml: only a run's checkpoint has the \
+                     settings and the optimizer to go on with"
+                .into(),
+        }),
+    }
+}
+
+/// A run that goes on must be the run that was begun: what decides the samples and the schedule may not change.
+fn check_continuation(dir: &Path, state: &RunState, config: &TrainConfig) -> Result<()> {
+    let samples_per_step = (config.batch * config.accumulate) as u64;
+    if state.seed != config.seed {
+        config_err!("--seed {} to go on from {}: that run has seed {}", config.seed, dir.display(), state.seed);
+    }
+    if state.samples != state.step * samples_per_step {
+        config_err!(
+            "{samples_per_step} sequences a step to go on from {}: that run saw {} in {} steps; keep --batch times \
+             --accumulate as it was",
+            dir.display(),
+            state.samples,
+            state.step
+        );
+    }
+    if state.step >= config.stop_at {
+        config_err!(
+            "{} has {} steps done, and this run would end after {}: raise --stop-at or --steps",
+            dir.display(),
+            state.step,
+            config.stop_at
+        );
+    }
+    Ok(())
+}
+
+struct Session {
+    lane: Lane,
+    config: TrainConfig,
+    model: ModelConfig,
+    data: String,
+    trainer: Trainer,
+    folder: RunDir,
+    metrics: Metrics,
+    reporter: Reporter,
+    /// The last steps'.
+    outcomes: VecDeque<StepOutcome>,
+    /// The newest checkpoint of this run, and its step.
+    saved: Option<(u64, PathBuf)>,
+    /// The newest held-out loss, and its step.
+    evaluated: Option<(u64, f64)>,
+    train_seconds: f64,
+    first: u64,
+}
+
+impl Session {
+    fn run(mut self) -> Result<Summary> {
+        let start = Instant::now();
+        while self.trainer.steps_done() < self.config.stop_at {
+            self.step()?;
+            let done = self.trainer.steps_done();
+            if interrupt::requested() {
+                let path = self.save()?;
+                self.draw()?;
+                self.reporter.note(&format!(
+                    "interrupted after step {done}; go on with --resume {}",
+                    self.folder.path().display()
+                ));
+                self.reporter.note(&format!("checkpoint: {}", path.display()));
+                return Err(Error::Interrupted);
+            }
+            if done.is_multiple_of(self.config.eval_every) {
+                self.evaluate()?;
+            }
+            if done.is_multiple_of(self.config.save_every) {
+                self.save()?;
+            }
+        }
+        let val_loss = self.evaluate()?;
+        let checkpoint = self.save()?;
+        self.draw()?;
+        self.finish(start.elapsed().as_secs_f64(), val_loss, &checkpoint)
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let outcome = self.trainer.step()?;
+        let seconds = start.elapsed().as_secs_f64();
+        self.train_seconds += seconds;
+        let event = StepEvent {
+            event: "step",
+            step: self.trainer.steps_done(),
+            loss: outcome.loss,
+            tokens_per_s: self.trainer.tokens_per_step() as f64 / seconds,
+            lr: outcome.lr,
+            grad_norm: outcome.grad_norm,
+            balance_loss: mean(outcome.routing.iter().map(|r| r.balance_loss)),
+            dropped_fraction: merged(&outcome.routing).dropped_fraction(),
+        };
+        if self.outcomes.len() == LAST {
+            self.outcomes.pop_front();
+        }
+        self.outcomes.push_back(outcome);
+        self.metrics.append(&event)?;
+        self.reporter.step(&event)
+    }
+
+    fn evaluate(&mut self) -> Result<f64> {
+        let step = self.trainer.steps_done();
+        if let Some((at, loss)) = self.evaluated
+            && at == step
+        {
+            return Ok(loss);
+        }
+        let val_loss = self.trainer.evaluate(self.config.eval_windows)?;
+        self.evaluated = Some((step, val_loss));
+        let event = EvalEvent { event: "eval", step, val_loss };
+        self.metrics.append(&event)?;
+        self.reporter.eval(&event)?;
+        Ok(val_loss)
+    }
+
+    fn save(&mut self) -> Result<PathBuf> {
+        let step = self.trainer.steps_done();
+        if let Some((at, path)) = &self.saved
+            && *at == step
+        {
+            return Ok(path.clone());
+        }
+        let state = RunState {
+            format: checkpoint::FORMAT,
+            step,
+            seed: self.config.seed,
+            steps: self.config.steps,
+            samples: step * (self.config.batch * self.config.accumulate) as u64,
+        };
+        let dir = self.folder.checkpoints();
+        let path = checkpoint::save(&dir, &self.lane, &self.trainer, &state, self.config.keep_last)?;
+        self.saved = Some((step, path.clone()));
+        Ok(path)
+    }
+
+    /// loss.svg, from the whole history in metrics.jsonl.
+    fn draw(&self) -> Result<()> {
+        let rows = self.folder.read_metrics()?;
+        let points = |event: &str, key: &str| {
+            let rows = rows.iter().filter(|r| r["event"] == event);
+            rows.filter_map(|r| Some((r["step"].as_u64()?, r[key].as_f64()?))).collect()
+        };
+        let curves = LossCurves {
+            title: format!("{} on {}", self.config.preset, self.data),
+            train: points("step", "loss"),
+            held_out: points("eval", "val_loss"),
+        };
+        let (path, svg) = (self.folder.loss_svg(), loss_svg(&curves)?);
+        atomic_write(&path, |w| w.write_all(svg.as_bytes()).map_err(|e| Error::io(&path, e)))
+    }
+
+    fn finish(mut self, seconds: f64, val_loss: f64, checkpoint: &Path) -> Result<Summary> {
+        let layers = self.model.moe_layers();
+        let mut by_layer = vec![RoutingStats::default(); layers];
+        for outcome in &self.outcomes {
+            for (sum, stats) in by_layer.iter_mut().zip(&outcome.routing) {
+                sum.merge(stats);
+            }
+        }
+        let tokens = (self.trainer.steps_done() - self.first) * self.trainer.tokens_per_step();
+        let summary = Summary {
+            preset: self.config.preset.clone(),
+            data: self.data.clone(),
+            total_parameters: self.model.total_parameters(),
+            active_parameters: self.model.active_parameters(),
+            steps: (self.trainer.steps_done(), self.config.steps),
+            tokens,
+            seconds,
+            tokens_per_s: tokens as f64 / self.train_seconds,
+            train_loss: mean(self.outcomes.iter().map(|o| o.loss)),
+            val_loss,
+            dropped_fraction: merged(&by_layer).dropped_fraction(),
+            entropy: mean(by_layer.iter().map(|s| s.entropy)),
+            loads: by_layer.into_iter().map(|s| s.loads).collect(),
+            files: vec![
+                ("checkpoint", checkpoint.to_path_buf()),
+                ("metrics", self.folder.metrics()),
+                ("loss curve", self.folder.loss_svg()),
+                ("settings", self.folder.config()),
+            ],
+        };
+        self.reporter.done(&DoneEvent {
+            event: "done",
+            steps: summary.steps.0,
+            train_loss: summary.train_loss,
+            val_loss,
+            dropped_fraction: summary.dropped_fraction,
+            tokens_per_s: summary.tokens_per_s,
+            checkpoint: checkpoint.display().to_string(),
+        })?;
+        Ok(summary)
+    }
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (n, sum) = values.fold((0u64, 0.0), |(n, s), v| (n + 1, s + v));
+    if n == 0 { 0.0 } else { sum / n as f64 }
+}
+
+fn merged(stats: &[RoutingStats]) -> RoutingStats {
+    stats.iter().fold(RoutingStats::default(), |mut sum, s| {
+        sum.merge(s);
+        sum
+    })
+}

@@ -1,0 +1,209 @@
+//! A training run in memory: model, optimizer, data, and one step after another.
+
+use super::config::TrainConfig;
+use super::data::Corpus;
+use super::optimizer::{Optimizer, OptimizerConfig};
+use crate::autograd::{Init, Tape};
+use crate::device::Lane;
+use crate::error::{Error, Result, config_err};
+use crate::model::{ModelConfig, Transformer};
+use crate::moe::{RoutingStats, StepContext};
+use crate::tensor::{DType, Tensor};
+
+/// What one optimizer step did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutcome {
+    /// Mean cross-entropy of the step's tokens, nats per byte, before the update.
+    pub loss: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Per MoE layer, over the micro-batches.
+    pub routing: Vec<RoutingStats>,
+}
+
+/// Model, optimizer and data of a run.
+pub struct Trainer {
+    lane: Lane,
+    config: TrainConfig,
+    corpus: Corpus,
+    model: Transformer,
+    optimizer: Optimizer,
+    step: u64,
+}
+
+impl Trainer {
+    /// A fresh run: parameters from the seed, zero moments, step 0.
+    ///
+    /// # Errors
+    /// If the configuration breaks a rule, or the corpus is too small for it.
+    pub fn new(lane: &Lane, config: &TrainConfig, model: &ModelConfig, corpus: Corpus) -> Result<Self> {
+        if config.seq > model.max_seq {
+            config_err!("--seq {}: the model's positions end at {}", config.seq, model.max_seq);
+        }
+        if model.vocab < 256 {
+            config_err!("vocabulary of {}: byte-level training takes at least 256", model.vocab);
+        }
+        if !(config.batch * config.seq).is_multiple_of(model.moe.groups) {
+            config_err!(
+                "{} routing groups do not divide the {}·{} tokens of a micro-batch",
+                model.moe.groups,
+                config.batch,
+                config.seq
+            );
+        }
+        corpus.require(config.seq)?;
+        let model = Transformer::new(&Init::new(lane, config.dtype, config.seed), model)?;
+        let optimizer = OptimizerConfig {
+            lr: config.lr,
+            min_lr_ratio: config.min_lr_ratio,
+            warmup: config.warmup,
+            steps: config.steps,
+            weight_decay: config.weight_decay,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            eps: config.eps,
+            clip: config.clip,
+        };
+        let optimizer = Optimizer::new(lane, optimizer, model.parameters())?;
+        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, step: 0 })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Transformer {
+        &self.model
+    }
+
+    /// The optimizer.
+    pub fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    /// Steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// Goes on from `step` steps, once model and optimizer hold a checkpoint's state.
+    pub fn set_steps_done(&mut self, step: u64) {
+        self.step = step;
+    }
+
+    /// Tokens of one step.
+    pub fn tokens_per_step(&self) -> u64 {
+        (self.config.batch * self.config.accumulate * self.config.seq) as u64
+    }
+
+    /// One optimizer step.
+    ///
+    /// # Errors
+    /// [`Error::Numeric`] if the loss or a gradient is not finite, saying where that first appeared; the parameters are
+    /// then as they were before the step.
+    pub fn step(&mut self) -> Result<StepOutcome> {
+        let micro = self.config.accumulate;
+        let mut out = StepOutcome { lr: self.optimizer.config().lr_at(self.step), ..StepOutcome::default() };
+        self.optimizer.zero_grad()?;
+        for m in 0..micro {
+            let first_sample = (self.step * micro as u64 + m as u64) * self.config.batch as u64;
+            let (ids, targets) = self.batch(first_sample)?;
+            let cx = StepContext {
+                train: true,
+                seed: self.config.seed,
+                step: self.step,
+                first_token: (m * self.config.batch * self.config.seq) as u64,
+            };
+            let tape = Tape::new(&self.lane);
+            let result = self.model.forward(&tape, &ids, self.config.batch, self.config.seq, cx)?;
+            let loss = tape.cross_entropy(&result.logits, &targets)?;
+            let value = self.lane.scalar(loss.value())?;
+            if !value.is_finite() {
+                return Err(self.find_non_finite(&ids, &targets, cx, value));
+            }
+            out.loss += value / micro as f64;
+            out.routing.resize(result.routings.len(), RoutingStats::default());
+            for (sum, routing) in out.routing.iter_mut().zip(&result.routings) {
+                sum.merge(&routing.stats(&self.lane)?);
+            }
+            let one = |like: &Tensor| self.lane.full(*like.shape(), like.dtype(), 1.0);
+            tape.backward(&[(&loss, one(loss.value())?), (&result.aux_loss, one(result.aux_loss.value())?)])?;
+        }
+        out.grad_norm = self.optimizer.measure(1.0 / micro as f64).map_err(|e| match e {
+            Error::Numeric(what) => Error::Numeric(format!("step {}: {what}; {}", self.step, Self::advice())),
+            e => e,
+        })?;
+        self.optimizer.step(self.step)?;
+        self.model.after_step(&self.lane)?;
+        self.step += 1;
+        Ok(out)
+    }
+
+    /// Mean cross-entropy over `windows` fixed held-out windows, nats per byte, dropping nothing where the gate allows.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn evaluate(&self, windows: usize) -> Result<f64> {
+        let (seq, batch) = (self.config.seq, self.config.batch.min(windows));
+        let windows = self.corpus.held_out_windows(seq, windows);
+        let mut sum = 0.0;
+        for chunk in windows.chunks(batch) {
+            let ids: Vec<i32> = chunk.iter().flat_map(|w| w[..seq].iter().map(|&b| i32::from(b))).collect();
+            let targets: Vec<i32> = chunk.iter().flat_map(|w| w[1..].iter().map(|&b| i32::from(b))).collect();
+            let (ids, targets) = (self.upload(&ids)?, self.upload(&targets)?);
+            let tape = Tape::inference(&self.lane);
+            let cx = StepContext { train: false, seed: self.config.seed, step: self.step, first_token: 0 };
+            let out = self.model.forward(&tape, &ids, chunk.len(), seq, cx)?;
+            let loss = tape.cross_entropy(&out.logits, &targets)?;
+            sum += self.lane.scalar(loss.value())? * chunk.len() as f64;
+        }
+        Ok(sum / windows.len() as f64)
+    }
+
+    fn upload(&self, ids: &[i32]) -> Result<Tensor> {
+        self.lane.to_device(&Tensor::from_slice(ids, [ids.len()])?)
+    }
+
+    /// Inputs and targets, (batch·seq) each, of the samples from `first` on.
+    fn batch(&self, first: u64) -> Result<(Tensor, Tensor)> {
+        let seq = self.config.seq;
+        let (mut ids, mut targets) = (Vec::new(), Vec::new());
+        for sample in first..first + self.config.batch as u64 {
+            let window = self.corpus.train_window(self.config.seed, sample, seq);
+            ids.extend(window[..seq].iter().map(|&b| i32::from(b)));
+            targets.extend(window[1..].iter().map(|&b| i32::from(b)));
+        }
+        Ok((self.upload(&ids)?, self.upload(&targets)?))
+    }
+
+    /// The error for a loss that is not finite: runs the forward once more, looking at every output.
+    fn find_non_finite(&self, ids: &Tensor, targets: &Tensor, cx: StepContext, loss: f64) -> Error {
+        let bad = self.model.parameters().into_iter().find(|p| {
+            let host = self.lane.cast(p.value(), DType::F64).and_then(|t| self.lane.to_host(&t));
+            host.and_then(|t| t.to_vec::<f64>()).is_ok_and(|v| v.iter().any(|v| !v.is_finite()))
+        });
+        let place = match bad {
+            Some(p) => format!("in the parameter {}", p.name()),
+            None => {
+                let tape = Tape::checking(&self.lane);
+                let run = self
+                    .model
+                    .forward(&tape, ids, self.config.batch, self.config.seq, cx)
+                    .and_then(|out| tape.cross_entropy(&out.logits, targets));
+                match (run, tape.first_non_finite()) {
+                    (_, Some(place)) => place,
+                    (Err(e), None) => format!("in a forward that failed: {e}"),
+                    (Ok(_), None) => "in the loss itself".to_owned(),
+                }
+            }
+        };
+        Error::Numeric(format!(
+            "step {}: the loss is {loss}; a value that is not finite first appeared {place}; {}",
+            self.step,
+            Self::advice()
+        ))
+    }
+
+    fn advice() -> &'static str {
+        "the parameters are unchanged since the step before; try a lower --lr or a lower --clip from the last checkpoint"
+    }
+}
