@@ -22,7 +22,8 @@ pub(super) fn exp(x: f32) -> f32 {
     let p = p * r + 0.5;
     let p = p * r * r + r + 1.0;
     let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let (half, rest) = (n >> 1, n - (n >> 1));
+    // Wrapping: a check for overflow, which cannot happen, would keep the loop around this from vectorising.
+    let (half, rest) = (n >> 1, n.wrapping_sub(n >> 1));
     let power = |n: i32| f32::from_bits((n.wrapping_add(127) << 23) as u32);
     let y = p * power(half) * power(rest);
     if x < -104.0 { 0.0 } else { y }

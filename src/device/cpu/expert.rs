@@ -1,14 +1,12 @@
 //! Activations of the expert FFNs.
 
 use super::Cpu;
-use super::math::same;
-use super::util::{Num, Real, float_type, for_rows, for_rows2, input, output};
+use super::math::{PIECE, apart, same};
+use super::util::{Num, Real, distinct, float_type, for_rows, in_place, input, on_host, output};
 use crate::device::{ExpertKernels, Gelu};
 use crate::error::{Result, shape_err};
 use crate::tensor::{Element, Tensor};
-
-/// Elements handled at a time: long enough to vectorise, short enough to share among threads.
-const PIECE: usize = 1024;
+use rayon::prelude::*;
 
 impl ExpertKernels for Cpu {
     fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> {
@@ -30,7 +28,7 @@ impl ExpertKernels for Cpu {
         same("gelu_backward", x, &[dy, dx])?;
         float_type!("gelu_backward", x.dtype(), T => {
             let x = input::<T>(x)?;
-            if dy.ptr() != dx.ptr() {
+            if !in_place("gelu_backward", dy, dx)? {
                 // One path for both cases: the gradient is then scaled in place.
                 output::<T>(dx)?.copy_from_slice(input::<T>(dy)?);
             }
@@ -63,6 +61,13 @@ impl ExpertKernels for Cpu {
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, d_gate: &Tensor, d_up: &Tensor) -> Result<()> {
         check_rows("swiglu_backward", dy, &[gate, up, d_gate, d_up])?;
         let (rows, width) = dy.rows();
+        for out in [d_gate, d_up] {
+            distinct("swiglu_backward", out)?;
+            [gate, up, dy].into_iter().try_for_each(|x| apart("swiglu_backward", x, out))?;
+        }
+        if d_gate.overlaps(d_up) && !side_by_side(d_gate, d_up) {
+            shape_err!("swiglu_backward: d_gate and d_up share memory");
+        }
         float_type!("swiglu_backward", dy.dtype(), T => {
             let (gate, up, dy) = (Strided::<T>::new(gate), Strided::<T>::new(up), input::<T>(dy)?);
             let row = |r: usize, d_gate: &mut [T], d_up: &mut [T]| {
@@ -74,17 +79,13 @@ impl ExpertKernels for Cpu {
                     *du = T::put(dy * g * s);
                 }
             };
-            if d_gate.is_contiguous() && d_up.is_contiguous() {
-                for_rows2(output::<T>(d_gate)?, width, output::<T>(d_up)?, width, row);
-            } else {
-                let (d_gate, d_up) = (Strided::<T>::new(d_gate), Strided::<T>::new(d_up));
-                for r in 0..rows {
-                    // SAFETY: rows of the two outputs are disjoint (each is a matrix with its row stride at least its
-                    // width, and the contract forbids overlap), and no other thread runs on them.
-                    let (dg, du) = unsafe { (d_gate.row_mut(r), d_up.row_mut(r)) };
-                    row(r, dg, du);
-                }
-            }
+            let (d_gate, d_up) = (Strided::<T>::new(d_gate), Strided::<T>::new(d_up));
+            (0..rows).into_par_iter().with_min_len((4 * PIECE).div_ceil(width.max(1))).for_each(|r| {
+                // SAFETY: a row belongs to one task; rows of an output, and the two outputs, have no element in common
+                // (checked).
+                let (dg, du) = unsafe { (d_gate.row_mut(r), d_up.row_mut(r)) };
+                row(r, dg, du);
+            });
         });
         Ok(())
     }
@@ -113,6 +114,17 @@ fn tanh_cdf<A: Real>(x: A) -> (A, A) {
 fn tanh_slope<A: Real>(x: A) -> A {
     let (cdf, du) = tanh_cdf(x);
     cdf + x * A::of(2.0) * cdf * (A::one() - cdf) * du
+}
+
+/// Whether two matrices are different columns of one wider buffer.
+fn side_by_side(a: &Tensor, b: &Tensor) -> bool {
+    let between = (a.ptr() as usize).abs_diff(b.ptr() as usize) / a.dtype().size();
+    match (a.layout().strides(), a.dim(1)) {
+        (&[stride, _], width) => {
+            a.layout().strides() == b.layout().strides() && width <= between && between + width <= stride
+        }
+        _ => false,
+    }
 }
 
 /// A matrix whose rows are contiguous, with a stride between them.
@@ -151,6 +163,7 @@ impl<T: Element> Strided<T> {
 /// Fails unless the tensors are rows of `like`'s shape and dtype: contiguous, or (R, H) with unit stride inside a row.
 fn check_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
     same(op, like, others)?;
+    on_host(op, others)?;
     for t in others {
         if !t.is_contiguous() && (t.rank() != 2 || t.layout().strides()[1] != 1 || t.layout().strides()[0] < t.dim(1)) {
             shape_err!("{op}: strides {:?} of {}: rows must be contiguous", t.layout().strides(), t.shape());
@@ -162,6 +175,8 @@ fn check_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cpu::util::{FLOATS, close, random_tensor, same_on_any_thread_count, wide};
+    use crate::device::{MathKernels, MemoryKernels};
     use crate::tensor::DType;
 
     #[test]
@@ -196,8 +211,65 @@ mod tests {
                 let silu = g / (1.0 + (-g).exp());
                 assert!((y[r * 4 + j] - silu * u).abs() < 1e-14);
                 assert!((d[r * 8 + 4 + j] - silu).abs() < 1e-14);
+                // By the quotient rule on g / (1 + e^−g).
+                let slope = ((1.0 + (-g).exp()) + g * (-g).exp()) / (1.0 + (-g).exp()).powi(2);
+                assert!((d[r * 8 + j] - u * slope).abs() < 1e-14);
                 assert_eq!((d[r * 8 + j], d[r * 8 + 4 + j]), (d_gate[r * 4 + j], d_up[r * 4 + j]));
             }
+        }
+    }
+
+    #[test]
+    fn every_type_agrees_with_f64_also_in_place() {
+        for (dtype, bound) in &FLOATS[1..] {
+            let [x, u, dy] = [1, 2, 3].map(|seed| random_tensor(seed, &[37, 61], *dtype));
+            let run = |dtype: DType| {
+                let [x, u, dy] = [&x, &u, &dy].map(|t| {
+                    let out = Tensor::host(*t.shape(), dtype);
+                    Cpu.copy(t, &out).unwrap();
+                    // Far enough from 0 for the tails.
+                    Cpu.axpby(4.0, t, 0.0, &out).unwrap();
+                    out
+                });
+                let out = [(); 7].map(|()| Tensor::host([37, 61], dtype));
+                for (i, form) in [Gelu::Erf, Gelu::Tanh].into_iter().enumerate() {
+                    Cpu.gelu(form, &x, &out[2 * i]).unwrap();
+                    Cpu.gelu_backward(form, &x, &dy, &out[2 * i + 1]).unwrap();
+                }
+                Cpu.swiglu(&x, &u, &out[4]).unwrap();
+                Cpu.swiglu_backward(&x, &u, &dy, &out[5], &out[6]).unwrap();
+                Cpu.gelu_backward(Gelu::Tanh, &x, &dy, &dy).unwrap();
+                assert_eq!(wide(&dy), wide(&out[3]));
+                out
+            };
+            for (got, want) in run(*dtype).iter().zip(run(DType::F64)) {
+                close(got, &wide(&want), *bound);
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_that_share_elements_are_refused() {
+        let (x, buffer) = (random_tensor(1, &[3, 4], DType::F32), Tensor::host([3, 8], DType::F32));
+        let part = |start| buffer.narrow(1, start, 4).unwrap();
+        assert!(Cpu.swiglu_backward(&x, &x, &x, &part(0), &part(3)).is_err());
+        assert!(Cpu.swiglu_backward(&x, &x, &x, &part(0), &part(0)).is_err());
+        Cpu.swiglu_backward(&x, &x, &x, &part(4), &part(0)).unwrap();
+        assert!(Cpu.gelu_backward(Gelu::Tanh, &x, &x, &x.reshape([4, 3]).unwrap()).is_err());
+    }
+
+    #[test]
+    fn the_thread_count_changes_no_bit_and_nothing_is_something() {
+        let x = random_tensor(1, &[300, 101], DType::F32);
+        same_on_any_thread_count(|| {
+            let out = [(); 2].map(|()| Tensor::host([300, 101], DType::F32));
+            Cpu.swiglu_backward(&x, &x, &x, &out[0], &out[1]).unwrap();
+            out.iter().flat_map(wide).collect()
+        });
+        for shape in [[0, 3], [3, 0]] {
+            let t = || Tensor::host(shape, DType::F32);
+            Cpu.swiglu_backward(&t(), &t(), &t(), &t(), &t()).unwrap();
+            Cpu.gelu(Gelu::Erf, &t(), &t()).unwrap();
         }
     }
 }

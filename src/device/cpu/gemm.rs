@@ -1,7 +1,7 @@
 //! Batched matrix products over any strides, through the `gemm` crate.
 
 use super::Cpu;
-use super::util::acc_type;
+use super::util::{acc_type, distinct, on_host};
 use crate::device::{MathKernels, MemoryKernels};
 use crate::error::{Result, shape_err};
 use crate::tensor::Tensor;
@@ -132,6 +132,8 @@ fn check(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Sizes> {
             c.shape()
         )
     };
+    on_host("gemm", &[a, b, c])?;
+    distinct("gemm", c)?;
     if a.rank() < 2 || b.rank() < 2 || c.rank() < 2 {
         return wrong("each needs two dimensions or more");
     }
@@ -170,35 +172,32 @@ fn run<T: 'static + num_traits::Float + Send + Sync>(
     let batches = c.elements() / (sizes.m * sizes.n);
     let (a, b, c) = (Batch::new(a), Batch::new(b), Batch::new(c));
     let one = |i: usize, parallelism: Parallelism| {
-        // SAFETY: tensors lie inside their storage; c overlaps neither operand (checked), and two batches of c do not
-        // overlap each other, as no layout this crate makes for an output repeats elements.
+        // SAFETY: tensors lie inside their storage; c overlaps neither operand and its elements are distinct, so
+        // that batches do not overlap (both checked).
         unsafe { product(sizes, alpha, a.input::<T>(i), b.input::<T>(i), beta, c.matrix::<T>(i), parallelism) }
     };
-    // Many matrices: one thread each; few: all threads on each. The choice depends on shapes alone.
+    // Many matrices: one thread each, tiny ones several to a thread; few: all threads on each. The choice depends on
+    // shapes alone.
+    const SMALL: usize = 64 * 64 * 64;
+    let work = (sizes.m * sizes.n * sizes.k).max(1);
     if batches >= 4 {
-        (0..batches).into_par_iter().for_each(|i| one(i, Parallelism::None));
+        (0..batches).into_par_iter().with_min_len(SMALL.div_ceil(work)).for_each(|i| one(i, Parallelism::None));
     } else {
-        let small = sizes.m * sizes.n * sizes.k < 64 * 64 * 64;
-        (0..batches).for_each(|i| one(i, if small { Parallelism::None } else { Parallelism::Rayon(0) }));
+        (0..batches).for_each(|i| one(i, if work < SMALL { Parallelism::None } else { Parallelism::Rayon(0) }));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cpu::util::{close, same_on_any_thread_count, wide};
     use crate::rng::{Counter, Purpose};
-    use crate::tensor::DType;
+    use crate::tensor::{DType, Layout};
 
     fn random(shape: &[usize], dtype: DType, step: u64) -> Tensor {
         let t = Tensor::host(shape, dtype);
         Cpu.normal(Counter { seed: 5, purpose: Purpose::Test, step }, 0, &t).unwrap();
         t
-    }
-
-    fn wide(t: &Tensor) -> Vec<f64> {
-        let out = Tensor::host(*t.shape(), DType::F64);
-        Cpu.copy(t, &out).unwrap();
-        out.to_vec().unwrap()
     }
 
     fn naive(a: &[f64], b: &[f64], (m, k, n): (usize, usize, usize)) -> Vec<f64> {
@@ -209,12 +208,6 @@ mod tests {
             }
         }
         c
-    }
-
-    fn close(got: &Tensor, want: &[f64], bound: f64) {
-        let scale = want.iter().fold(1e-30f64, |s, v| s.max(v.abs()));
-        let worst = wide(got).iter().zip(want).fold(0.0f64, |w, (a, b)| w.max((a - b).abs()));
-        assert!(worst <= bound * scale, "{got:?}: {worst:e} of {scale:e}");
     }
 
     #[test]
@@ -272,14 +265,44 @@ mod tests {
     }
 
     #[test]
+    fn with_no_inner_dimension_beta_still_scales() {
+        let c = Tensor::from_slice(&[1.0_f32, 2.0], [1, 2]).unwrap();
+        Cpu.gemm(1.0, &Tensor::host([1, 0], DType::F32), &Tensor::host([0, 2], DType::F32), 3.0, &c).unwrap();
+        assert_eq!(c.to_vec::<f32>().unwrap(), [3.0, 6.0]);
+        let none = Tensor::host([0, 2], DType::F32);
+        Cpu.gemm(1.0, &Tensor::host([0, 4], DType::F32), &Tensor::host([4, 2], DType::F32), 0.0, &none).unwrap();
+    }
+
+    #[test]
+    fn an_operand_of_stride_0_is_used_for_every_batch() {
+        let (a, b) = (random(&[5, 3, 4], DType::F32, 1), random(&[4, 2], DType::F32, 2));
+        let (one, all) = (Tensor::host([5, 3, 2], DType::F32), Tensor::host([5, 3, 2], DType::F32));
+        let layout = Layout::strided([5, 4, 2].into(), &[0, 2, 1], 0).unwrap();
+        let repeated = Tensor::new(b.storage().clone(), layout, DType::F32).unwrap();
+        Cpu.gemm(1.0, &a, &b, 0.0, &one).unwrap();
+        Cpu.gemm(1.0, &a, &repeated, 0.0, &all).unwrap();
+        assert_eq!(wide(&one), wide(&all));
+        let layout = Layout::strided([5, 3, 2].into(), &[0, 2, 1], 0).unwrap();
+        let onto_one = Tensor::new(one.storage().clone(), layout, DType::F32).unwrap();
+        let e = Cpu.gemm(1.0, &a, &b, 0.0, &onto_one).unwrap_err();
+        assert!(e.to_string().contains("overlap"), "batches would be written onto each other: {e}");
+    }
+
+    #[test]
     fn the_thread_count_changes_no_bit() {
-        let (a, b) = (random(&[190, 333], DType::F32, 1), random(&[333, 250], DType::F32, 2));
-        let run = |threads| {
-            let c = Tensor::host([190, 250], DType::F32);
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| Cpu.gemm(1.0, &a, &b, 0.0, &c)).unwrap();
-            c.to_vec::<f32>().unwrap()
-        };
-        assert_eq!(run(1), run(4));
+        for (m, k, n) in [(190, 333, 250), (1, 4000, 300), (700, 65, 3), (33, 2500, 40)] {
+            let (a, b) = (random(&[m, k], DType::F32, 1), random(&[n, k], DType::F32, 2));
+            same_on_any_thread_count(|| {
+                let c = Tensor::host([m, n], DType::F32);
+                Cpu.gemm(1.0, &a, &b.t().unwrap(), 0.0, &c).unwrap();
+                wide(&c)
+            });
+        }
+        let (a, b) = (random(&[9, 50, 60], DType::F32, 1), random(&[9, 60, 70], DType::F32, 2));
+        same_on_any_thread_count(|| {
+            let c = Tensor::host([9, 50, 70], DType::F32);
+            Cpu.gemm(1.0, &a, &b, 0.0, &c).unwrap();
+            wide(&c)
+        });
     }
 }

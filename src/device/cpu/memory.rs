@@ -1,11 +1,11 @@
 //! Allocation, copies and fills.
 
 use super::Cpu;
-use super::util::{Num, Real, float_type, input, output};
+use super::util::{Num, Real, Shared, distinct, float_type, input, on_host, output};
 use crate::device::MemoryKernels;
 use crate::error::{Result, shape_err};
 use crate::rng::Counter;
-use crate::tensor::{DType, Element, Layout, MAX_RANK, Place, Shape, Tensor};
+use crate::tensor::{DType, Element, Layout, Place, Shape, Tensor};
 use rayon::prelude::*;
 
 impl MemoryKernels for Cpu {
@@ -33,22 +33,9 @@ impl MemoryKernels for Cpu {
 
     fn fill(&self, dst: &Tensor, value: f64) -> Result<()> {
         if dst.dtype() == DType::I32 {
-            for_each_offset(dst, |at: *mut i32| {
-                // SAFETY: the offsets of a layout lie inside its storage.
-                unsafe { *at = value as i32 }
-            });
-            return Ok(());
+            return strided_fill(dst, value as i32);
         }
-        float_type!("fill", dst.dtype(), T => {
-            let value = T::put(Real::of(value));
-            if dst.is_contiguous() {
-                output::<T>(dst)?.fill(value);
-            } else {
-                // SAFETY: as above.
-                for_each_offset(dst, |at: *mut T| unsafe { *at = value });
-            }
-        });
-        Ok(())
+        float_type!("fill", dst.dtype(), T => strided_fill(dst, T::put(Real::of(value))))
     }
 
     fn download(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
@@ -77,12 +64,6 @@ fn transfer(op: &str, src: &Tensor, dst: &Tensor) -> Result<()> {
     Cpu.copy(src, dst)
 }
 
-/// `f` at every element's address, in row-major order of the shape.
-fn for_each_offset<T: Element>(t: &Tensor, mut f: impl FnMut(*mut T)) {
-    let base = t.ptr().cast::<T>();
-    Walk::new(&[t.layout()]).for_each(|[at]| f(base.wrapping_add(at)));
-}
-
 fn strided_copy<S: Element, D: Element>(src: &Tensor, dst: &Tensor, f: impl Fn(S) -> D + Sync) -> Result<()> {
     if src.overlaps(dst) {
         shape_err!("copy: source {src:?} and destination share memory");
@@ -92,53 +73,80 @@ fn strided_copy<S: Element, D: Element>(src: &Tensor, dst: &Tensor, f: impl Fn(S
         output::<D>(dst)?.par_iter_mut().with_min_len(16 * 1024).zip(from).for_each(|(d, s)| *d = f(*s));
         return Ok(());
     }
-    let (from, to) = (src.ptr().cast::<S>(), dst.ptr().cast::<D>());
-    // SAFETY: the offsets of a layout lie inside its storage, and the two do not overlap.
-    Walk::new(&[src.layout(), dst.layout()]).for_each(|[s, d]| unsafe { *to.add(d) = f(*from.add(s)) });
+    on_host("copy", &[src, dst])?;
+    distinct("copy", dst)?;
+    let rows = Rows::new([src.layout(), dst.layout()]);
+    let (from, to) = (Shared(src.ptr().cast::<S>()), Shared(dst.ptr().cast::<D>()));
+    let (width, [ss, ds]) = (rows.width, rows.steps);
+    rows.for_each(|[s, d]| {
+        let (from, to) = (from.at(s), to.at(d));
+        for i in 0..width {
+            // SAFETY: the offsets of a layout lie inside its storage, on the host; the two do not overlap, and rows of
+            // `dst` have no element in common.
+            unsafe { *to.add(i * ds) = f(*from.add(i * ss)) }
+        }
+    });
     Ok(())
 }
 
-/// Walks N layouts of one shape together, in row-major order, giving offsets relative to each layout's own first element.
-struct Walk<const N: usize> {
-    dims: [usize; MAX_RANK],
-    strides: [[usize; MAX_RANK]; N],
-    rank: usize,
+/// Fills any layout.
+fn strided_fill<T: Element>(dst: &Tensor, value: T) -> Result<()> {
+    if dst.is_contiguous() {
+        output::<T>(dst)?.fill(value);
+        return Ok(());
+    }
+    on_host("fill", &[dst])?;
+    distinct("fill", dst)?;
+    let rows = Rows::new([dst.layout()]);
+    let to = Shared(dst.ptr().cast::<T>());
+    let (width, [step]) = (rows.width, rows.steps);
+    rows.for_each(|[at]| {
+        for i in 0..width {
+            // SAFETY: as in `strided_copy`.
+            unsafe { *to.at(at).add(i * step) = value }
+        }
+    });
+    Ok(())
 }
 
-impl<const N: usize> Walk<N> {
-    fn new(layouts: &[&Layout; N]) -> Self {
-        let shape = layouts[0].shape();
-        let mut walk = Walk { dims: [1; MAX_RANK], strides: [[0; MAX_RANK]; N], rank: shape.len() };
-        walk.dims[..shape.len()].copy_from_slice(shape);
-        for (to, layout) in walk.strides.iter_mut().zip(layouts) {
-            to[..shape.len()].copy_from_slice(layout.strides());
-        }
-        walk
+/// The rows (runs of the last dimension) of N layouts of one shape: where each begins, relative to the first element.
+struct Rows<const N: usize> {
+    count: usize,
+    width: usize,
+    /// Each layout's stride inside a row.
+    steps: [usize; N],
+    /// Size and strides of the dimensions that number the rows.
+    lead: Vec<(usize, [usize; N])>,
+}
+
+impl<const N: usize> Rows<N> {
+    fn new(layouts: [&Layout; N]) -> Self {
+        let dims = (0..layouts[0].shape().len()).map(|d| (layouts[0].shape()[d], layouts.map(|l| l.strides()[d])));
+        let mut lead: Vec<_> = dims.collect();
+        let (width, steps) = lead.pop().unwrap_or((1, [0; N]));
+        Rows { count: lead.iter().map(|d| d.0).product(), width, steps, lead }
     }
 
-    fn for_each(&self, mut f: impl FnMut([usize; N])) {
-        if self.dims.contains(&0) {
-            return;
-        }
-        self.dimension(0, [0; N], &mut f);
-    }
-
-    fn dimension(&self, d: usize, mut at: [usize; N], f: &mut impl FnMut([usize; N])) {
-        if d == self.rank {
-            return f(at);
-        }
-        for _ in 0..self.dims[d] {
-            self.dimension(d + 1, at, f);
-            for n in 0..N {
-                at[n] += self.strides[n][d];
+    /// `f` for every row, in parallel where that pays.
+    fn for_each(&self, f: impl Fn([usize; N]) + Sync + Send) {
+        let fewest = (16 * 1024_usize).div_ceil(self.width.max(1));
+        (0..self.count).into_par_iter().with_min_len(fewest).for_each(|mut row| {
+            let mut at = [0; N];
+            for (size, strides) in self.lead.iter().rev() {
+                for n in 0..N {
+                    at[n] += row % size * strides[n];
+                }
+                row /= size;
             }
-        }
+            f(at);
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cpu::util::{random_tensor, wide};
     use crate::rng::Purpose;
 
     #[test]
@@ -172,5 +180,36 @@ mod tests {
         Cpu.normal(rng, 0, &all).unwrap();
         Cpu.normal(rng, 4001, &tail).unwrap();
         assert_eq!(all.to_vec::<f64>().unwrap()[4001..4010], tail.to_vec::<f64>().unwrap());
+    }
+
+    #[test]
+    fn large_strided_copies_and_fills_agree_with_indexing() {
+        let t = random_tensor(1, &[70, 30, 50], DType::F32);
+        let (turned, out) = (t.transpose(0, 2).unwrap(), Tensor::host([50, 30, 70], DType::F64));
+        Cpu.copy(&turned, &out).unwrap();
+        let (from, to) = (wide(&t), out.to_vec::<f64>().unwrap());
+        assert!((0..to.len()).all(|i| to[i] == from[i % 70 * 1500 + i / 70 % 30 * 50 + i / 2100]));
+        Cpu.fill(&turned.narrow(0, 1, 49).unwrap(), 9.0).unwrap();
+        let filled = t.to_vec::<f32>().unwrap();
+        assert!((0..filled.len()).all(|i| (filled[i] == 9.0) == (i % 50 != 0)));
+    }
+
+    #[test]
+    fn outputs_that_repeat_elements_and_foreign_memory_are_refused() {
+        let t = Tensor::host_zeros([4], DType::F32);
+        let view = |strides: &[usize]| {
+            Tensor::new(t.storage().clone(), Layout::strided([2, 3].into(), strides, 0).unwrap(), DType::F32).unwrap()
+        };
+        assert!(Cpu.fill(&view(&[1, 1]), 1.0).unwrap_err().to_string().contains("overlap"));
+        assert!(Cpu.copy(&Tensor::host([2, 3], DType::F32), &view(&[0, 1])).is_err());
+        Cpu.copy(&view(&[0, 1]), &Tensor::host([2, 3], DType::F32)).unwrap();
+
+        let kept: std::sync::Arc<dyn std::any::Any + Send + Sync> = std::sync::Arc::new(());
+        // SAFETY: the address is never used: that is what is tested.
+        let far = unsafe { crate::tensor::Storage::from_raw(std::ptr::null_mut(), 64, Place::Cuda(0), kept) };
+        let far = Tensor::new(far, Layout::contiguous([2, 4].into()), DType::F32).unwrap();
+        let turned = far.t().unwrap();
+        assert!(Cpu.fill(&turned, 0.0).unwrap_err().to_string().contains("cuda:0"));
+        assert!(Cpu.copy(&turned, &Tensor::host([4, 2], DType::F32)).is_err());
     }
 }

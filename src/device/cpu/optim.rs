@@ -1,7 +1,7 @@
 //! The optimizer's arithmetic.
 
 use super::Cpu;
-use super::math::same;
+use super::math::{PIECE, same};
 use super::util::{Num, Real, acc_type, expect, float_type, input, output};
 use crate::device::{AdamW, OptimKernels};
 use crate::error::{Result, shape_err};
@@ -23,27 +23,28 @@ impl OptimKernels for Cpu {
         if grad.shape() != weight.shape() {
             shape_err!("adamw: a gradient of {} for a weight of {}", grad.shape(), weight.shape());
         }
+        if settings.step == 0 {
+            shape_err!("adamw: step 0: steps count from 1");
+        }
         acc_type!("adamw", weight.dtype(), A => float_type!("adamw", grad.dtype(), G => {
             let s = settings;
             let scale = input::<A>(grad_scale)?[0];
             let (beta1, beta2, eps) = (s.beta1 as A, s.beta2 as A, s.eps as A);
-            // Bias corrections in f64: 1 − β₂ᵗ loses digits in f32.
-            let rate = (s.lr / (1.0 - s.beta1.powi(s.step as i32))) as A;
-            let root = (1.0 / (1.0 - s.beta2.powi(s.step as i32))).sqrt() as A;
+            // In f64: 1 − β₂ and 1 − β₂ᵗ lose digits in f32.
+            let (new1, new2) = ((1.0 - s.beta1) as A, (1.0 - s.beta2) as A);
+            let rate = (s.lr / (1.0 - s.beta1.powf(s.step as f64))) as A;
+            let root = (1.0 / (1.0 - s.beta2.powf(s.step as f64))).sqrt() as A;
             let keep = (1.0 - s.lr * s.weight_decay) as A;
             let (weight, m, v) = (output::<A>(weight)?, output::<A>(m)?, output::<A>(v)?);
-            weight
-                .par_iter_mut()
-                .with_min_len(16 * 1024)
-                .zip(m)
-                .zip(v)
-                .zip(input::<G>(grad)?)
-                .for_each(|(((w, m), v), g)| {
+            let pieces = weight.par_chunks_mut(PIECE).zip(m.par_chunks_mut(PIECE)).zip(v.par_chunks_mut(PIECE));
+            pieces.zip(input::<G>(grad)?.par_chunks(PIECE)).with_min_len(8).for_each(|(((w, m), v), g)| {
+                for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
                     let g = scale * A::of(g.get().f64());
-                    *m = beta1 * *m + (1.0 - beta1) * g;
-                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    *m = beta1 * *m + new1 * g;
+                    *v = beta2 * *v + new2 * g * g;
                     *w = keep * *w - rate * *m / (v.sqrt() * root + eps);
-                });
+                }
+            });
         }));
         Ok(())
     }
@@ -64,6 +65,7 @@ impl OptimKernels for Cpu {
 mod tests {
     use super::*;
     use crate::device::MemoryKernels;
+    use crate::device::cpu::util::{FLOATS, random_tensor, same_on_any_thread_count, wide};
     use crate::tensor::DType;
 
     #[test]
@@ -95,5 +97,28 @@ mod tests {
             let got = (norm.to_vec::<f64>().unwrap()[0], scale.to_vec::<f64>().unwrap()[0]);
             assert!(got == want || (got.0.is_nan() && want.0.is_nan() && got.1 == want.1), "{got:?} {want:?}");
         }
+    }
+
+    #[test]
+    fn adamw_takes_gradients_of_any_type_and_any_thread_count() {
+        let n = 20_011;
+        let s = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step: 10_000_000_000 };
+        for (dtype, _) in FLOATS {
+            let grad = random_tensor(4, &[n], dtype);
+            let run = |acc: DType| {
+                let (w, m, v) = (random_tensor(1, &[n], acc), random_tensor(2, &[n], acc), Tensor::host([n], acc));
+                let scale = Tensor::host([1], acc);
+                Cpu.fill(&v, 0.5).unwrap();
+                Cpu.fill(&scale, 0.25).unwrap();
+                Cpu.adamw(s, &scale, &w, &m, &v, &grad).unwrap();
+                [wide(&w), wide(&m), wide(&v)].concat()
+            };
+            let worst = run(DType::F32).iter().zip(run(DType::F64)).fold(0.0_f64, |e, (a, b)| e.max((a - b).abs()));
+            assert!(worst < 1e-6, "{dtype}: {worst:e}");
+            same_on_any_thread_count(|| run(DType::F32));
+        }
+        let t = random_tensor(1, &[1], DType::F32);
+        let e = Cpu.adamw(AdamW { step: 0, ..s }, &t, &t, &t, &t, &t).unwrap_err();
+        assert!(e.to_string().contains("step 0"), "{e}");
     }
 }

@@ -1,8 +1,9 @@
 //! What the CPU kernels share: element access in the accumulation type, dispatch on dtype, parallel rows, checks.
 
 use crate::error::{Result, shape_err};
-use crate::tensor::{DType, Element, Tensor};
+use crate::tensor::{DType, Element, Place, Tensor};
 use half::{bf16, f16};
+use num_traits::{Float as _, Zero as _};
 use rayon::prelude::*;
 
 /// Arithmetic is done in these: f32 and f64.
@@ -141,6 +142,38 @@ pub(super) fn output<T: Element>(t: &Tensor) -> Result<&mut [T]> {
     unsafe { t.as_mut_slice() }
 }
 
+/// Fails unless the tensors lie in host memory: for operations that follow strides by address.
+pub(super) fn on_host(op: &str, tensors: &[&Tensor]) -> Result<()> {
+    match tensors.iter().find(|t| t.place() != Place::Cpu) {
+        None => Ok(()),
+        Some(t) => shape_err!("{op}: {t:?}, expected on {}: copy it to the host first", Place::Cpu),
+    }
+}
+
+/// Fails where two indices of an output name one element: threads would write it at once.
+pub(super) fn distinct(op: &str, out: &Tensor) -> Result<()> {
+    let mut dims: Vec<(usize, usize)> =
+        out.layout().strides().iter().copied().zip(out.shape().iter().copied()).filter(|d| d.1 > 1).collect();
+    dims.sort_unstable();
+    let mut reach = 1;
+    for (stride, size) in dims {
+        if stride < reach && out.elements() > 0 {
+            shape_err!("{op}: output {} has strides {:?}: its elements overlap", out.shape(), out.layout().strides());
+        }
+        reach += stride * (size - 1);
+    }
+    Ok(())
+}
+
+/// Whether `out` is `a` itself; fails where it is another view of a's memory, which no order of writes makes right.
+pub(super) fn in_place(op: &str, a: &Tensor, out: &Tensor) -> Result<bool> {
+    let same = a.ptr() == out.ptr() && a.shape() == out.shape() && a.is_contiguous() && out.is_contiguous();
+    if !same && a.overlaps(out) {
+        shape_err!("{op}: the output shares memory with an input of shape {} without being that input", a.shape());
+    }
+    Ok(same)
+}
+
 /// Fails unless `t` has this shape and dtype.
 pub(super) fn expect(op: &str, what: &str, t: &Tensor, shape: &[usize], dtype: DType) -> Result<()> {
     if t.shape().dims() != shape || t.dtype() != dtype {
@@ -217,22 +250,127 @@ pub(super) fn sum_blocks<A: Real>(
     }
 }
 
-/// `f(r, a, b)` for every pair of rows of `wa` elements of `a` and `wb` of `b`, in parallel where that pays.
+/// `f(r, a, b)` for every pair of rows of `wa` elements of `a` and `wb` of `b`, in parallel where that pays; `read`
+/// elements of input go into each.
 pub(super) fn for_rows2<A: Send, B: Send>(
+    read: usize,
     a: &mut [A],
     wa: usize,
     b: &mut [B],
     wb: usize,
     f: impl Fn(usize, &mut [A], &mut [B]) + Sync + Send,
 ) {
-    let rows = (SERIAL / 4).div_ceil(wa.max(wb).max(1)).max(1);
-    if a.len().max(b.len()) < SERIAL {
+    if wa == 0 || wb == 0 {
+        return;
+    }
+    let rows = (SERIAL / 4).div_ceil(read.max(1));
+    if a.len() / wa * read < SERIAL {
         a.chunks_mut(wa).zip(b.chunks_mut(wb)).enumerate().for_each(|(r, (a, b))| f(r, a, b));
     } else {
         a.par_chunks_mut(rows * wa).zip(b.par_chunks_mut(rows * wb)).enumerate().for_each(|(n, (a, b))| {
             a.chunks_mut(wa).zip(b.chunks_mut(wb)).enumerate().for_each(|(i, (a, b))| f(n * rows + i, a, b));
         });
     }
+}
+
+/// Sums side by side, so that they vectorise: a single chain of additions may not be reordered.
+const LANES: usize = 16;
+
+/// `Σ_i f([rows[0][i], rows[1][i], …])` for rows of one length; the order of additions depends on the length alone.
+#[inline(always)]
+pub(super) fn sum<T: Num, const K: usize>(rows: [&[T]; K], f: impl Fn([T::Acc; K]) -> T::Acc) -> T::Acc {
+    let n = rows[0].len();
+    let rows = rows.map(|r| &r[..n]);
+    let mut lanes = [T::Acc::zero(); LANES];
+    let whole = n - n % LANES;
+    for at in (0..whole).step_by(LANES) {
+        let part = rows.map(|r| &r[at..at + LANES]);
+        for i in 0..LANES {
+            lanes[i] += f(part.map(|p| p[i].get()));
+        }
+    }
+    let mut total = T::Acc::zero();
+    for lane in lanes {
+        total += lane;
+    }
+    for i in whole..n {
+        total += f(rows.map(|r| r[i].get()));
+    }
+    total
+}
+
+/// The largest value, −∞ of none; NaN is passed over.
+#[inline(always)]
+pub(super) fn max<T: Num>(row: &[T]) -> T::Acc {
+    let larger = |a: T::Acc, b: T::Acc| if b > a { b } else { a };
+    let mut lanes = [T::Acc::neg_infinity(); LANES];
+    let (parts, rest) = row.as_chunks::<LANES>();
+    for part in parts {
+        for i in 0..LANES {
+            lanes[i] = larger(lanes[i], part[i].get());
+        }
+    }
+    let most = lanes.into_iter().fold(T::Acc::neg_infinity(), larger);
+    rest.iter().fold(most, |m, v| larger(m, v.get()))
+}
+
+/// An output that tasks share, each writing elements of its own.
+#[derive(Clone, Copy)]
+pub(super) struct Shared<A>(pub(super) *mut A);
+
+// SAFETY: only an address; whoever writes through it answers for the elements being its own.
+unsafe impl<A: Send> Send for Shared<A> {}
+// SAFETY: as for Send.
+unsafe impl<A: Send> Sync for Shared<A> {}
+
+impl<A> Shared<A> {
+    /// The address of an element.
+    pub(super) fn at(self, index: usize) -> *mut A {
+        self.0.wrapping_add(index)
+    }
+}
+
+/// The float types, each with a bound for the error of a few roundings, relative to the largest value.
+#[cfg(test)]
+pub(super) const FLOATS: [(DType, f64); 4] =
+    [(DType::F64, 1e-13), (DType::F32, 2e-6), (DType::BF16, 1.6e-2), (DType::F16, 2e-3)];
+
+/// A tensor of [`random`] values for tests, rounded to `dtype`.
+#[cfg(test)]
+pub(super) fn random_tensor(seed: u64, shape: &[usize], dtype: DType) -> Tensor {
+    use crate::device::MemoryKernels;
+    let wide = Tensor::from_slice(&random(seed, shape.iter().product()), shape).unwrap();
+    let t = Tensor::host(shape, dtype);
+    super::Cpu.copy(&wide, &t).unwrap();
+    t
+}
+
+/// The elements as f64, for tests.
+#[cfg(test)]
+pub(super) fn wide(t: &Tensor) -> Vec<f64> {
+    use crate::device::MemoryKernels;
+    let out = Tensor::host(*t.shape(), DType::F64);
+    super::Cpu.copy(t, &out).unwrap();
+    out.to_vec().unwrap()
+}
+
+/// Panics unless `got` lies within `bound` of `want`, relative to the largest value wanted.
+#[cfg(test)]
+pub(super) fn close(got: &Tensor, want: &[f64], bound: f64) {
+    let scale = want.iter().fold(1e-30_f64, |s, v| s.max(v.abs()));
+    assert_eq!(got.elements(), want.len());
+    for (i, (a, b)) in wide(got).iter().zip(want).enumerate() {
+        // A NaN fails too.
+        assert!((a - b).abs() <= bound * scale, "{got:?}[{i}] is {a}, expected {b}");
+    }
+}
+
+/// Runs `f` on 1 and on 4 threads and compares the bits of what it returns.
+#[cfg(test)]
+pub(super) fn same_on_any_thread_count(f: impl Fn() -> Vec<f64> + Sync) {
+    let run = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(&f);
+    let bits = |v: Vec<f64>| v.into_iter().map(f64::to_bits).collect::<Vec<_>>();
+    assert!(bits(run(1)) == bits(run(4)), "another thread count, other bits");
 }
 
 /// `n` values in −1..1 for tests, the same for the same seed.
