@@ -1,9 +1,9 @@
 //! A model's settings, and what follows from them without building it: parameter counts and FLOPs.
 
 use crate::error::{Result, config_err};
+use crate::moe::MoeConfig;
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
-use crate::moe::MoeConfig;
 use serde::{Deserialize, Serialize};
 
 /// Whose blocks a model has.

@@ -9,8 +9,7 @@ use std::sync::Arc;
 
 use fsmoe::device::Gelu;
 use fsmoe::device::cuda::{
-    self, Activations, Context, CudaError, CudaSlice, Element, GateUp, GateUpMut, Matrix, MatrixMut, Modules,
-    Stream,
+    self, Activations, Context, CudaError, CudaSlice, Element, GateUp, GateUpMut, Matrix, MatrixMut, Modules, Stream,
 };
 use half::{bf16, f16};
 
