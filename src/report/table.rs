@@ -73,9 +73,7 @@ mod tests {
         let mut t = Table::new(&[Align::Left, Align::Right]).header(["gate", "µs"]);
         t.row(["top-k", "9"]);
         t.row(["x", "1234"]);
-        assert_eq!(
-            t.to_string(),
-            "─────────────\n gate     µs\n─────────────\n top-k     9\n x      1234\n─────────────\n"
-        );
+        let rule = "─".repeat(14);
+        assert_eq!(t.to_string(), format!("{rule}\n gate      µs\n{rule}\n top-k      9\n x       1234\n{rule}\n"));
     }
 }
