@@ -1,6 +1,8 @@
 //! Files and folders that appear whole or not at all.
 
 use crate::error::{Error, Result};
+#[cfg(target_os = "linux")]
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -25,7 +27,8 @@ pub fn atomic_write(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()
 }
 
 /// Makes the folder `path` of what `fill` puts into it: filled under a temporary name, every file synced, renamed. A
-/// folder that was there is replaced. Whatever fails, what was there is whole, and the temporary is gone.
+/// folder that was there changes places with it in one step, where the file system can do that (Linux: ext4, XFS, Btrfs,
+/// tmpfs, overlay). Whatever fails, what was there is whole, and the temporary is gone.
 ///
 /// # Errors
 /// If `fill` fails, or a file or folder cannot be made, synced or renamed.
@@ -37,18 +40,40 @@ pub fn atomic_dir(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result
     fs::create_dir(&new).map_err(io)?;
     fill(&new)?;
     sync_tree(&new)?;
-    if path.exists() {
-        // Two renames: between them neither is at `path`, but both are whole, and the old one comes back on failure.
+    if !path.exists() {
+        fs::rename(&new, path).map_err(io)?;
+    } else if exchange(&new, path).is_err() {
+        // Two renames: between them neither is at `path`, but both are whole.
         let old = temporary.path().join("old");
         fs::rename(path, &old).map_err(io)?;
         if let Err(e) = fs::rename(&new, path) {
-            fs::rename(&old, path).map_err(io)?;
+            if fs::rename(&old, path).is_err() {
+                // Cleaning up would delete the only copies.
+                let kept = temporary.keep();
+                let text = format!("{e}; the old folder is kept as {0}/old, the new one as {0}/new", kept.display());
+                return Err(Error::io(path, std::io::Error::new(e.kind(), text)));
+            }
             return Err(Error::io(path, e));
         }
-    } else {
-        fs::rename(&new, path).map_err(io)?;
     }
     sync_folder(folder)
+}
+
+/// Lets two paths change places in one step, where system and file system can.
+#[cfg(target_os = "linux")]
+fn exchange(a: &Path, b: &Path) -> std::io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let (a, b) = (CString::new(a.as_os_str().as_bytes())?, CString::new(b.as_os_str().as_bytes())?);
+    // SAFETY: both are strings that end with a zero byte and outlive the call, which keeps neither.
+    let status =
+        unsafe { libc::renameat2(libc::AT_FDCWD, a.as_ptr(), libc::AT_FDCWD, b.as_ptr(), libc::RENAME_EXCHANGE) };
+    if status == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Lets two paths change places in one step: nothing portable does.
+#[cfg(not(target_os = "linux"))]
+fn exchange(_: &Path, _: &Path) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
 }
 
 fn parent(path: &Path) -> &Path {
@@ -151,5 +176,49 @@ mod tests {
             .unwrap();
         assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
         assert_eq!((fs::read_to_string(&path).unwrap(), names(dir.path())), ("first".into(), vec!["a".to_owned()]));
+    }
+
+    #[test]
+    fn a_rename_that_fails_leaves_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::create_dir_all(path.join("kept")).unwrap();
+        // A file cannot take a folder's place.
+        assert!(atomic_write(&path, |w| w.write_all(b"x").map_err(|e| Error::io("a", e))).is_err());
+        assert_eq!((names(&path), names(dir.path())), (vec!["kept".to_owned()], vec!["a".to_owned()]));
+    }
+
+    /// There is no moment at which a reader finds no folder, where the file system can exchange two.
+    #[test]
+    fn a_folder_is_replaced_in_one_step() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        fs::create_dir(&a).unwrap();
+        fs::create_dir(&b).unwrap();
+        if let Err(e) = exchange(&a, &b) {
+            eprintln!("not checked: {} cannot exchange two folders ({e})", dir.path().display());
+            return;
+        }
+        fs::remove_dir(&a).unwrap();
+        fs::remove_dir(&b).unwrap();
+        let path = dir.path().join("step");
+        let put = || atomic_dir(&path, |tmp| fs::write(tmp.join("f"), "whole").map_err(|e| Error::io(tmp, e))).unwrap();
+        put();
+        let done = AtomicBool::new(false);
+        let missing = std::thread::scope(|s| {
+            let reader = s.spawn(|| {
+                let mut missing = 0;
+                while !done.load(Ordering::Relaxed) {
+                    missing += u32::from(!path.exists());
+                }
+                missing
+            });
+            (0..50).for_each(|_| put());
+            done.store(true, Ordering::Relaxed);
+            reader.join().unwrap()
+        });
+        assert_eq!(missing, 0);
+        assert_eq!(names(dir.path()), ["step"]);
     }
 }

@@ -20,7 +20,8 @@ macro_rules! settings {
         pub struct Settings {
             $(
                 $(#[doc = $doc])+
-                #[arg(long, $($($arg)*)?)]
+                // A negative number is a value that a rule refuses, not a flag that nobody knows.
+                #[arg(long, allow_negative_numbers = true, $($($arg)*)?)]
                 #[serde(skip_serializing_if = "Option::is_none")]
                 pub $name: Option<$t>,
             )*
@@ -326,6 +327,14 @@ impl TrainConfig {
                 config_err!("--{flag} {value}: it is at most {}", i64::MAX);
             }
         }
+        // The first product is T, and rows of tokens are indexed by 32 bits on every device.
+        let most = i32::MAX as usize;
+        if self.batch.checked_mul(self.seq).is_none_or(|tokens| tokens > most) {
+            config_err!("--batch {} × --seq {}: a micro-batch has at most {most} tokens", self.batch, self.seq);
+        }
+        if self.accumulate > most {
+            config_err!("--accumulate {}: it is at most {most}", self.accumulate);
+        }
         for (flag, value) in [("lr", self.lr), ("eps", self.eps), ("clip", self.clip)] {
             if !(value.is_finite() && value > 0.0) {
                 config_err!("--{flag} {value}: it is a finite number above 0");
@@ -401,5 +410,46 @@ mod tests {
         assert!(unknown.contains("speed"), "{unknown}");
         let gate = toml::from_str::<Settings>("gate = \"topk\"").unwrap_err().to_string();
         assert!(gate.contains("expert-choice"), "{gate}");
+    }
+
+    /// The settings of a command line.
+    fn parsed(args: &[&str]) -> Result<Settings, clap::Error> {
+        use clap::{Args, FromArgMatches};
+        let command = Settings::augment_args(clap::Command::new("train").no_binary_name(true));
+        Settings::from_arg_matches(&command.try_get_matches_from(args)?)
+    }
+
+    #[test]
+    fn a_negative_number_meets_its_rule() {
+        assert_eq!(parsed(&["--lr", "-1"]).unwrap().lr, Some(-1.0));
+        assert!(refused(parsed(&["--lr", "-1"]).unwrap()).contains("--lr -1: it is a finite number above 0"));
+        let steps = parsed(&["--steps", "-5"]).unwrap_err().to_string();
+        assert!(steps.contains("'-5'") && steps.contains("--steps"), "{steps}");
+    }
+
+    #[test]
+    fn numbers_that_cannot_work_are_refused() {
+        let base = Settings::default();
+        for (name, settings) in [
+            ("balance", Settings { balance_weight: Some(f64::NAN), ..base.clone() }),
+            ("z", Settings { z_weight: Some(-1.0), ..base.clone() }),
+            ("bias", Settings { bias_rate: Some(f64::INFINITY), ..base.clone() }),
+            ("capacity", Settings { capacity_factor: Some(Capacity::Factor(0.0)), ..base.clone() }),
+            ("batch", Settings { batch: Some(usize::MAX), ..base.clone() }),
+            ("seq", Settings { seq: Some(usize::MAX), ..base }),
+        ] {
+            assert!(refused(settings).contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_bad_file_is_named_with_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, "steps = 5\nlr = \"fast\"\n").unwrap();
+        let error = Settings::read(&path).unwrap_err().to_string();
+        assert!(error.contains("run.toml") && error.contains("line 2") && error.contains("lr"), "{error}");
+        let missing = Settings::read(&dir.path().join("no.toml")).unwrap_err().to_string();
+        assert!(missing.contains("no.toml"), "{missing}");
     }
 }

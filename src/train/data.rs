@@ -3,7 +3,9 @@
 use crate::error::{Error, Result, config_err};
 use crate::rng::{Counter, Purpose};
 use memmap2::Mmap;
+use std::collections::HashSet;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The project's sources and pages, put together when it was built.
@@ -51,7 +53,7 @@ impl Corpus {
     /// If the path does not exist or cannot be read, or there is no text in it.
     pub fn open(path: &Path) -> Result<Self> {
         let mut files = Vec::new();
-        collect(path, &mut files)?;
+        collect(path, &mut files, &mut HashSet::new())?;
         let mut parts = Vec::new();
         for file in &files {
             let handle = File::open(file).map_err(|e| Error::io(file, e))?;
@@ -156,11 +158,16 @@ impl Corpus {
     }
 }
 
-/// The files at or below `path`, in order.
-fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+/// The files at or below `path`, in order. A folder (device and inode) that links lead to more than once is read once:
+/// a link to a folder above would otherwise never end.
+fn collect(path: &Path, files: &mut Vec<PathBuf>, seen: &mut HashSet<(u64, u64)>) -> Result<()> {
     let io = |e| Error::io(path, e);
-    if std::fs::metadata(path).map_err(io)?.is_file() {
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if metadata.is_file() {
         files.push(path.to_path_buf());
+        return Ok(());
+    }
+    if !seen.insert((metadata.dev(), metadata.ino())) {
         return Ok(());
     }
     let mut entries: Vec<PathBuf> =
@@ -169,7 +176,7 @@ fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in entries {
         let hidden = entry.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
         if !hidden && (entry.is_dir() || entry.is_file()) {
-            collect(&entry, files)?;
+            collect(&entry, files, seen)?;
         }
     }
     Ok(())
@@ -244,5 +251,15 @@ mod tests {
     fn the_built_in_text_is_enough_for_the_default_run() {
         Corpus::builtin().require(128).unwrap();
         assert!(String::from_utf8_lossy(BUILTIN).contains("pub struct Corpus"));
+    }
+
+    #[test]
+    fn a_link_back_to_a_folder_above_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("a")).unwrap();
+        fs::write(dir.path().join("a/x"), text(100)).unwrap();
+        std::os::unix::fs::symlink(dir.path(), dir.path().join("a/up")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("a"), dir.path().join("a/self")).unwrap();
+        assert_eq!(Corpus::open(dir.path()).unwrap().len(), 100);
     }
 }

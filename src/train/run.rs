@@ -19,24 +19,38 @@ impl RunDir {
     /// # Errors
     /// If `out` holds a run already, or the folder cannot be made.
     pub fn create(out: Option<&Path>, preset: &str) -> Result<Self> {
-        let path = match out {
+        match out {
             Some(out) if out.join("config.toml").exists() => {
                 config_err!(
                     "--out {}: there is a run in it; go on with it by --resume {0}, or name another folder",
                     out.display()
                 );
             }
-            Some(out) => out.to_path_buf(),
+            Some(out) => {
+                fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
+                Ok(RunDir(out.to_path_buf()))
+            }
             None => {
                 let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-                let base = format!("runs/{preset}-{}", utc(seconds));
-                let numbered = (2..).map(|n| PathBuf::from(format!("{base}-{n}")));
-                let free = std::iter::once(PathBuf::from(&base)).chain(numbered).find(|p| !p.exists());
-                free.unwrap_or_else(|| base.into())
+                RunDir::create_new(Path::new("runs"), &format!("{preset}-{}", utc(seconds)))
             }
-        };
-        fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
-        Ok(RunDir(path))
+        }
+    }
+
+    /// The folder `name` in `runs`, or `name-2` and so on. Making it is what takes a name: of two runs that start in the
+    /// same second, looking first would give both the same one.
+    fn create_new(runs: &Path, name: &str) -> Result<Self> {
+        fs::create_dir_all(runs).map_err(|e| Error::io(runs, e))?;
+        let mut path = runs.join(name);
+        let mut number = 1;
+        loop {
+            match fs::create_dir(&path) {
+                Ok(()) => return Ok(RunDir(path)),
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
+                Err(e) => return Err(Error::io(path, e)),
+            }
+            path = runs.join(format!("{name}-{number}"));
+        }
     }
 
     /// The folder of a run that is there.
@@ -101,13 +115,15 @@ impl RunDir {
     /// not written to its end: what a run that goes on from a checkpoint is about to do again.
     ///
     /// # Errors
-    /// If the file cannot be read or written.
+    /// If the file cannot be read or written, or a line before the last is not a row.
     pub fn append_metrics(&self, next_step: u64) -> Result<Metrics> {
         let path = self.metrics();
         if path.exists() {
-            let rows: Vec<Value> = self.read_metrics()?;
-            let kept = rows.iter().filter(|row| row["step"].as_u64().is_some_and(|s| s < next_step));
-            let text: String = kept.map(|row| format!("{row}\n")).collect();
+            let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+            let rows = rows(&path, &text)?;
+            // The lines themselves, not their values printed again: JSON numbers may lose their last digit on the way.
+            let kept = rows.iter().filter(|(_, row)| row["step"].as_u64().is_some_and(|s| s < next_step));
+            let text: String = kept.flat_map(|(line, _)| [*line, "\n"]).collect();
             atomic_write(&path, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io(&path, e)))?;
         }
         let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io(&path, e))?;
@@ -117,12 +133,29 @@ impl RunDir {
     /// The rows of metrics.jsonl; a last row that was not written to its end is left out.
     ///
     /// # Errors
-    /// If the file cannot be read.
+    /// If the file cannot be read, or a line before the last is not a row.
     pub fn read_metrics(&self) -> Result<Vec<Value>> {
         let path = self.metrics();
         let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        Ok(text.lines().map_while(|line| serde_json::from_str(line).ok()).collect())
+        Ok(rows(&path, &text)?.into_iter().map(|(_, row)| row).collect())
     }
+}
+
+/// The lines of metrics.jsonl with their values; a last line that does not end is left out if it is not a row.
+fn rows<'a>(path: &Path, text: &'a str) -> Result<Vec<(&'a str, Value)>> {
+    let mut rows = Vec::new();
+    for (number, line) in text.split_inclusive('\n').enumerate() {
+        match serde_json::from_str(line) {
+            Ok(row) => rows.push((line.trim_end(), row)),
+            Err(_) if !line.ends_with('\n') => {}
+            Err(e) => config_err!(
+                "{}, line {}: not a row of metrics ({e}): take the line out, or go on in another folder by --out",
+                path.display(),
+                number + 1
+            ),
+        }
+    }
+    Ok(rows)
 }
 
 /// metrics.jsonl, open.
@@ -180,6 +213,19 @@ mod tests {
     }
 
     #[test]
+    fn runs_of_the_same_second_have_folders_of_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = || RunDir::create_new(&dir.path().join("runs"), "x-1").unwrap().0;
+        let mut made: Vec<PathBuf> = std::thread::scope(|s| {
+            let threads: Vec<_> = (0..8).map(|_| s.spawn(make)).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        made.sort();
+        made.dedup();
+        assert_eq!(made.len(), 8);
+    }
+
+    #[test]
     fn metrics_go_on_from_a_step() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::create(Some(dir.path()), "x").unwrap();
@@ -202,5 +248,33 @@ mod tests {
         run.write_config("steps = 1\n").unwrap();
         assert!(RunDir::create(Some(dir.path()), "x").unwrap_err().to_string().contains("--resume"));
         assert_eq!(RunDir::open(dir.path()).unwrap().path(), dir.path());
+    }
+
+    /// What was written stays as it was written: parsed and printed again, keys would change places and some numbers their
+    /// last digit.
+    #[test]
+    fn kept_rows_keep_their_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::create(Some(dir.path()), "x").unwrap();
+        let rng = crate::rng::Counter { seed: 1, purpose: crate::rng::Purpose::Test, step: 0 };
+        let rows: String =
+            (1..=2000).map(|step| format!("{{\"step\":{step},\"loss\":{}}}\n", rng.uniform(step) * 6.0)).collect();
+        fs::write(run.metrics(), &rows).unwrap();
+        run.append_metrics(2001).unwrap();
+        assert!(fs::read_to_string(run.metrics()).unwrap() == rows);
+    }
+
+    /// Only the end of the file can be half a row; a broken row before it is not cut off with all that follows.
+    #[test]
+    fn a_broken_row_in_the_middle_is_named_and_nothing_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::create(Some(dir.path()), "x").unwrap();
+        let rows = "{\"step\":1}\nnot a row\n{\"step\":3}\n";
+        fs::write(run.metrics(), rows).unwrap();
+        for error in [run.read_metrics().err(), run.append_metrics(9).err()] {
+            let error = error.unwrap().to_string();
+            assert!(error.contains("metrics.jsonl") && error.contains("line 2"), "{error}");
+        }
+        assert_eq!(fs::read_to_string(run.metrics()).unwrap(), rows);
     }
 }
