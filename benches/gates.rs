@@ -91,9 +91,7 @@ fn kernels(c: &mut Criterion) -> Result<()> {
     let weights = lane.empty([EXPERTS, CAPACITY], DType::F32)?;
     let mut group = c.benchmark_group("routing");
     group.throughput(Throughput::Elements(TOKENS as u64));
-    group.bench_function("top_k", |b| {
-        b.iter(|| lane.top_k(black_box(&probs), None, None, &experts).expect("top_k"))
-    });
+    group.bench_function("top_k", |b| b.iter(|| lane.top_k(black_box(&probs), None, None, &experts).expect("top_k")));
     group.bench_function("assign_slots", |b| {
         b.iter(|| lane.assign_slots(black_box(&experts), None, EXPERTS, 1, CAPACITY, &slots).expect("assign_slots"))
     });

@@ -8,10 +8,10 @@ use fsmoe::tensor::{DType, Shape, Tensor};
 use std::time::Duration;
 
 /// A training step.
-pub const STEP: StepContext = StepContext { train: true, seed: 7, step: 3, first_token: 0 };
+pub(crate) const STEP: StepContext = StepContext { train: true, seed: 7, step: 3, first_token: 0 };
 
 /// Few samples and short ones: a whole benchmark takes less than a minute.
-pub fn criterion() -> Criterion {
+pub(crate) fn criterion() -> Criterion {
     Criterion::default()
         .without_plots()
         .sample_size(10)
@@ -21,7 +21,7 @@ pub fn criterion() -> Criterion {
 }
 
 /// An f32 tensor of standard normal deviates, other ones for another `stream`.
-pub fn normal(lane: &Lane, stream: u64, shape: impl Into<Shape>) -> Tensor {
+pub(crate) fn normal(lane: &Lane, stream: u64, shape: impl Into<Shape>) -> Tensor {
     let t = lane.empty(shape, DType::F32).expect("host memory");
     lane.normal(Counter { seed: 5, purpose: Purpose::Test, step: stream }, 0, &t).expect("a float tensor");
     t

@@ -40,7 +40,8 @@ pub fn train(request: Request) -> Result<Summary> {
     let lane = Lane::cpu();
     let resumed = request.resume.as_deref().map(checkpoint::find).transpose()?;
     let settings = match &resumed {
-        Some(dir) => request.settings.clone().or(resumed_settings(dir)?),
+        // Where a run stops early is said anew each time: a run that goes on without a word goes to its schedule's end.
+        Some(dir) => request.settings.clone().or(Settings { stop_at: None, ..resumed_settings(dir)? }),
         None => request.settings.clone(),
     };
     let (config, model) = settings.resolve()?;
@@ -108,7 +109,8 @@ fn run_of(dir: &Path) -> Result<PathBuf> {
     }
 }
 
-/// A run that goes on must be the run that was begun: what decides the samples and the schedule may not change.
+/// A run that goes on must be the run that was begun: what decides the samples may not change. A longer or shorter
+/// schedule is the user's to choose.
 fn check_continuation(dir: &Path, state: &RunState, config: &TrainConfig) -> Result<()> {
     let samples_per_step = (config.batch * config.accumulate) as u64;
     if state.seed != config.seed {

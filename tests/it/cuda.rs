@@ -20,7 +20,7 @@ use half::{bf16, f16};
 fn the_probe_is_whole_on_every_machine() {
     let probe = cuda::probe::probe();
     let labels: Vec<_> = probe.lines().into_iter().map(|(label, _)| label).collect();
-    for label in ["CUDA driver", "GPU", "cuBLAS", "NCCL", "CUDA kernels", "GPU to use"] {
+    for label in ["CUDA driver", "GPU", "cuBLAS", "NCCL", "CUDA kernels", "usable GPU"] {
         assert!(labels.contains(&label), "no line for {label} in:\n{probe}");
     }
     let json = serde_json::to_value(&probe).unwrap();
