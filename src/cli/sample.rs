@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// The same seed, model and prompt give the same text
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Bytes the model looks back at; by default as many as it was trained on
+    #[arg(long, value_name = "BYTES")]
+    context: Option<usize>,
 }
 
 impl Args {
@@ -48,7 +51,11 @@ impl Args {
         }
         let model = weights::load(&dir, &lane, DType::F32)?;
         let prompt: Vec<i32> = self.prompt.bytes().map(i32::from).collect();
-        let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed };
+        let context = match self.context {
+            Some(context) => context,
+            None => RunDir::of(&dir).map_or(Ok(config.max_seq), |run| Ok(run.settings()?.resolve()?.0.seq))?,
+        };
+        let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed, context };
         let mut out = std::io::stdout().lock();
         let written = |e| Error::io("standard output", e);
         out.write_all(self.prompt.as_bytes()).map_err(written)?;

@@ -18,6 +18,9 @@ pub struct Sampling {
     pub top_p: f64,
     /// The same seed, model and prompt give the same tokens.
     pub seed: u64,
+    /// Tokens that the model looks back at; beyond its `max_seq` it cannot. A model that was trained on shorter sequences
+    /// has never seen later positions, and does better without them.
+    pub context: usize,
 }
 
 impl Sampling {
@@ -27,6 +30,9 @@ impl Sampling {
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             config_err!("top_p = {}: it is above 0 and at most 1", self.top_p);
+        }
+        if self.context == 0 {
+            config_err!("context = 0: the model looks at one token at least");
         }
         Ok(())
     }
@@ -62,11 +68,11 @@ impl Sampling {
     }
 }
 
-/// Continues `prompt` by `count` tokens, which `each` is given as they come. The model sees at most its last `max_seq`
-/// tokens.
+/// Continues `prompt` by `count` tokens, which `each` is given as they come. The model sees at most the last
+/// [`Sampling::context`] of them.
 ///
-/// Keys and values are cached; when they fill the context, they are computed anew for its later half, so the context then
-/// varies between half of `max_seq` and all of it. A gate that sees other tokens rules a cache out, and every token costs
+/// Keys and values are cached; when they fill the context, they are computed anew for its later half, so what the model
+/// sees then varies between half of the context and all of it. A gate that sees other tokens rules a cache out, and every token costs
 /// a forward of the whole context.
 ///
 /// # Errors
@@ -89,7 +95,7 @@ pub fn generate(
         config_err!("token {id} in the prompt: the vocabulary is 0..{vocab}");
     }
     let mut tokens = prompt.to_vec();
-    let mut context = Context::new(lane, model)?;
+    let mut context = Context::new(lane, model, sampling.context)?;
     for index in 0..count {
         let logits = context.next_logits(&tokens)?;
         let token = sampling.draw(&logits, index as u64)? as i32;
@@ -106,11 +112,13 @@ struct Context<'a> {
     cache: SequenceCache,
     /// Tokens of the sequence that have been given to the cache or left out.
     done: usize,
+    /// The most tokens that the model sees.
+    most: usize,
 }
 
 impl<'a> Context<'a> {
-    fn new(lane: &'a Lane, model: &'a Transformer) -> Result<Self> {
-        Ok(Context { lane, model, cache: model.cache(lane)?, done: 0 })
+    fn new(lane: &'a Lane, model: &'a Transformer, most: usize) -> Result<Self> {
+        Ok(Context { lane, model, cache: model.cache(lane)?, done: 0, most: most.min(model.config().max_seq) })
     }
 
     /// The logits after all of `tokens`, which begin with those of the call before.
@@ -120,17 +128,16 @@ impl<'a> Context<'a> {
     }
 
     fn forward(&self, tokens: &[i32]) -> Result<Tensor> {
-        let window = &tokens[tokens.len().saturating_sub(self.model.config().max_seq)..];
+        let window = &tokens[tokens.len().saturating_sub(self.most)..];
         let tape = Tape::inference(self.lane);
         let out = self.model.forward(&tape, &self.ids(window)?, 1, window.len(), evaluation(0))?;
         out.logits.value().index(window.len() - 1)
     }
 
     fn decode(&mut self, tokens: &[i32]) -> Result<Tensor> {
-        let max_seq = self.model.config().max_seq;
-        if self.cache.len() + tokens.len() - self.done > max_seq {
+        if self.cache.len() + tokens.len() - self.done > self.most {
             // A prompt that is too long keeps all the model can see; a sequence that has grown out of it, half of that.
-            let kept = if self.done == 0 { max_seq } else { max_seq.div_ceil(2) };
+            let kept = if self.done == 0 { self.most } else { self.most.div_ceil(2) };
             self.cache.clear();
             self.done = tokens.len() - kept;
         }
@@ -171,7 +178,7 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_the_most_probable() {
-        let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 1 };
+        let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 1, context: 1 };
         assert_eq!(sampling.draw(&LOGITS, 7).unwrap(), 1);
         assert!(sampling.draw(&[0.0, f64::NAN], 3).unwrap_err().to_string().contains("token 1 is NaN"));
     }
@@ -181,7 +188,7 @@ mod tests {
         let temperature = 0.7;
         let weights = LOGITS.map(|l| (l / temperature).exp());
         let sum: f64 = weights.iter().sum();
-        let seen = frequencies(Sampling { temperature, top_p: 1.0, seed: 3 });
+        let seen = frequencies(Sampling { temperature, top_p: 1.0, seed: 3, context: 1 });
         for (f, w) in seen.iter().zip(weights) {
             assert!((f - w / sum).abs() < 0.015, "{seen:?}");
         }
@@ -190,7 +197,7 @@ mod tests {
     #[test]
     fn the_nucleus_is_the_smallest_that_reaches_top_p() {
         // Probabilities are 0.06, 0.40, 0.15, 0.40.
-        let seen = |top_p| frequencies(Sampling { temperature: 1.0, top_p, seed: 3 }).map(|f| f > 0.0);
+        let seen = |top_p| frequencies(Sampling { temperature: 1.0, top_p, seed: 3, context: 1 }).map(|f| f > 0.0);
         assert_eq!(seen(0.3), [false, true, false, false]);
         assert_eq!(seen(0.7), [false, true, false, true]);
         assert_eq!(seen(0.9), [false, true, true, true]);
@@ -199,9 +206,13 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_named() {
-        for (temperature, top_p, rule) in [(-1.0, 1.0, "temperature = -1"), (1.0, 0.0, "top_p = 0"), (1.0, 1.5, "1.5")]
-        {
-            let error = Sampling { temperature, top_p, seed: 0 }.validate().unwrap_err().to_string();
+        for (temperature, top_p, context, rule) in [
+            (-1.0, 1.0, 1, "temperature = -1"),
+            (1.0, 0.0, 1, "top_p = 0"),
+            (1.0, 1.5, 1, "1.5"),
+            (1.0, 1.0, 0, "context = 0"),
+        ] {
+            let error = Sampling { temperature, top_p, seed: 0, context }.validate().unwrap_err().to_string();
             assert!(error.contains(rule), "{error}");
         }
     }

@@ -1,5 +1,6 @@
 //! The folder of a run: config.toml, metrics.jsonl, loss.svg, checkpoints/.
 
+use super::config::Settings;
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;
 use serde::Serialize;
@@ -53,15 +54,29 @@ impl RunDir {
         }
     }
 
-    /// The folder of a run that is there.
+    /// The run that a checkpoint, `RUN/checkpoints/step-NNNNNN`, lies in.
     ///
     /// # Errors
-    /// If there is no config.toml in it.
-    pub fn open(path: &Path) -> Result<Self> {
-        if !path.join("config.toml").is_file() {
-            config_err!("{}: not the folder of a run: there is no config.toml in it", path.display());
+    /// If it lies in none: then it has neither the settings nor the optimizer to go on with.
+    pub fn of(checkpoint: &Path) -> Result<Self> {
+        let full = fs::canonicalize(checkpoint).map_err(|e| Error::io(checkpoint, e))?;
+        match full.parent().and_then(Path::parent) {
+            Some(run) if run.join("config.toml").is_file() => Ok(RunDir(run.to_path_buf())),
+            _ => Err(Error::Checkpoint {
+                path: checkpoint.to_path_buf(),
+                reason: "not RUN/checkpoints/step-NNNNNN of a run with a config.toml: only a run's checkpoint has the \
+                         settings and the optimizer to go on with"
+                    .into(),
+            }),
         }
-        Ok(RunDir(path.to_path_buf()))
+    }
+
+    /// The settings in config.toml.
+    ///
+    /// # Errors
+    /// As [`Settings::read`].
+    pub fn settings(&self) -> Result<Settings> {
+        Settings::read(&self.config())
     }
 
     /// The newest run below `runs/`, by the time its config.toml was written.
@@ -244,10 +259,12 @@ mod tests {
     fn a_folder_with_a_run_is_not_written_over() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::create(Some(dir.path()), "x").unwrap();
-        assert!(RunDir::open(dir.path()).is_err());
+        let checkpoint = run.checkpoints().join("step-000001");
+        fs::create_dir_all(&checkpoint).unwrap();
+        assert!(RunDir::of(&checkpoint).is_err());
         run.write_config("steps = 1\n").unwrap();
         assert!(RunDir::create(Some(dir.path()), "x").unwrap_err().to_string().contains("--resume"));
-        assert_eq!(RunDir::open(dir.path()).unwrap().path(), dir.path());
+        assert_eq!(RunDir::of(&checkpoint).unwrap().path(), fs::canonicalize(dir.path()).unwrap());
     }
 
     /// What was written stays as it was written: parsed and printed again, keys would change places and some numbers their

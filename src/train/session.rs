@@ -41,7 +41,7 @@ pub fn train(request: Request) -> Result<Summary> {
     let resumed = request.resume.as_deref().map(checkpoint::find).transpose()?;
     let settings = match &resumed {
         // Where a run stops early is said anew each time: a run that goes on without a word goes to its schedule's end.
-        Some(dir) => request.settings.clone().or(Settings { stop_at: None, ..resumed_settings(dir)? }),
+        Some(dir) => request.settings.clone().or(Settings { stop_at: None, ..RunDir::of(dir)?.settings()? }),
         None => request.settings.clone(),
     };
     let (config, model) = settings.resolve()?;
@@ -56,7 +56,7 @@ pub fn train(request: Request) -> Result<Summary> {
         check_continuation(dir, &state, &config)?;
     }
     let folder = match (&resumed, &request.settings.out) {
-        (Some(dir), None) => RunDir::open(&run_of(dir)?)?,
+        (Some(dir), None) => RunDir::of(dir)?,
         (_, out) => RunDir::create(out.as_deref(), &config.preset)?,
     };
     let settings = Settings { out: None, ..settings };
@@ -88,25 +88,6 @@ pub fn train(request: Request) -> Result<Summary> {
         first,
     };
     session.run()
-}
-
-/// The settings of the run that a checkpoint lies in.
-fn resumed_settings(dir: &Path) -> Result<Settings> {
-    Settings::read(&run_of(dir)?.join("config.toml"))
-}
-
-/// The run folder of `RUN/checkpoints/step-N`.
-fn run_of(dir: &Path) -> Result<PathBuf> {
-    let full = std::fs::canonicalize(dir).map_err(|e| Error::io(dir, e))?;
-    match full.parent().and_then(Path::parent) {
-        Some(run) if run.join("config.toml").is_file() => Ok(run.to_path_buf()),
-        _ => Err(Error::Checkpoint {
-            path: dir.to_path_buf(),
-            reason: "not RUN/checkpoints/step-NNNNNN of a run with a config.toml: only a run's checkpoint has the \
-                     settings and the optimizer to go on with"
-                .into(),
-        }),
-    }
 }
 
 /// A run that goes on must be the run that was begun: what decides the samples may not change. A longer or shorter

@@ -234,7 +234,7 @@ fn sampled(model: &Transformer, prompt: &[i32], count: usize, sampling: Sampling
     out
 }
 
-const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
+const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0, context: usize::MAX };
 
 #[test]
 fn cached_generation_agrees_with_whole_forwards() {
@@ -256,7 +256,7 @@ fn generation_goes_on_past_the_context() {
     for arch in ARCHS {
         let config = tiny(arch);
         let model = build(&config, DType::F64);
-        let sampling = Sampling { temperature: 1.0, top_p: 0.9, seed: 5 };
+        let sampling = Sampling { temperature: 1.0, top_p: 0.9, seed: 5, context: usize::MAX };
         for prompt in [1, 7, 20] {
             let prompt = tokens(&config, 1, prompt);
             let text = sampled(&model, &prompt, 30, sampling);
@@ -265,6 +265,10 @@ fn generation_goes_on_past_the_context() {
             // Only the end of a prompt that is too long is seen.
             let seen = &prompt[prompt.len().saturating_sub(7)..];
             assert_eq!(text, sampled(&model, seen, 30, sampling));
+            // And of that, as much as is asked for.
+            let short = Sampling { context: 3, ..sampling };
+            let seen = &prompt[prompt.len().saturating_sub(3)..];
+            assert_eq!(sampled(&model, &prompt, 30, short), sampled(&model, seen, 30, short));
         }
     }
 }
