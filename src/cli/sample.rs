@@ -51,9 +51,10 @@ impl Args {
         }
         let model = weights::load(&dir, &lane, DType::F32)?;
         let prompt: Vec<i32> = self.prompt.bytes().map(i32::from).collect();
-        let context = match self.context {
-            Some(context) => context,
-            None => RunDir::of(&dir).map_or(Ok(config.max_seq), |run| Ok(run.settings()?.resolve()?.0.seq))?,
+        let context = match (self.context, RunDir::of(&dir)) {
+            (Some(context), _) => context,
+            (None, Ok(run)) => run.settings()?.resolve()?.0.seq,
+            (None, Err(_)) => config.max_seq,
         };
         let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed, context };
         let mut out = std::io::stdout().lock();
