@@ -1,4 +1,51 @@
-//! fsmoe: an engine that trains sparse Mixture-of-Experts models.
+//! fsmoe: an engine that trains sparse Mixture-of-Experts (MoE) models, after the paper "FSMoE: A Flexible and Scalable
+//! Training System for Sparse Mixture-of-Experts Models" (ASPLOS 2025, arXiv 2501.10714).
+//!
+//! # Where things are
+//!
+//! Arrows point one way: tensor ← device ← autograd ← moe ← model ← train; report and the command on top.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`tensor`] | `DType`, `Shape`, `Layout`, `Storage`, `Tensor`; no arithmetic |
+//! | [`device`] | lanes, the [`Kernels`](device::Kernels) traits (every primitive operation), and what implements them: [`cpu`](device::cpu), the specification, and [`cuda`](device::cuda), the only place that names the CUDA driver |
+//! | [`autograd`] | the tape, `Var`, parameters, and the differentiable operations over `Kernels` |
+//! | [`moe`] | the MoE layer: [`gate`](moe::gate), [`order`](moe::order), [`expert`](moe::expert), hooks, routing, and the layer that runs them |
+//! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |
+//! | [`train`] | data, optimizer, the loop, checkpoints of a run, and its folder |
+//! | [`report`] | tables, bars, and the loss curve as SVG |
+//! | [`rng`], [`fsio`] | counter-based random numbers; files that appear whole or not at all |
+//!
+//! Beside `src/`: `kernels/`, CUDA C++, a folder per family and a file per operation, its backward beside its forward
+//! (`common/` has what they share); `build.rs` and `build/`, which compile them into one embedded fat binary; `src/main.rs`
+//! and `src/cli/`, the command, one file per subcommand; `tests/it/`, the integration tests, and `tests/golden/`, values
+//! of independent implementations with the scripts that made them; `benches/`; `examples/`, modules written outside the
+//! crate; `docs/`, the reasoning and the figures; `scripts/`, the pinned CUDA compiler and the package for GPU hosts.
+//!
+//! # A layer by hand
+//!
+//! ```
+//! use fsmoe::autograd::{Init, Tape};
+//! use fsmoe::device::Lane;
+//! use fsmoe::moe::{MoeConfig, MoeLayer, StepContext};
+//! use fsmoe::tensor::DType;
+//!
+//! # fn main() -> fsmoe::Result<()> {
+//! let lane = Lane::cpu();
+//! let config = MoeConfig { experts: 4, top_k: 2, hidden: 16, ffn: 32, ..MoeConfig::default() };
+//! let layer = MoeLayer::new(&Init::new(&lane, DType::F32, 1), &config)?;
+//! let tape = Tape::new(&lane);
+//! let x = tape.leaf(lane.full([10, 16], DType::F32, 0.5)?);
+//! let step = StepContext { train: true, seed: 1, step: 0, first_token: 0 };
+//! let out = layer.forward(&tape, &x, step)?;
+//! assert_eq!(out.y.value().shape().dims(), [10, 16]);
+//! // Gradients of the input and of every parameter, given that of y.
+//! let dy = lane.full([10, 16], DType::F32, 1.0)?;
+//! let grads = tape.backward(&[(&out.y, dy)])?;
+//! assert!(grads.get(&x).is_some() && layer.parameters().iter().all(|p| p.grad().elements() > 0));
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod autograd;
 pub mod device;

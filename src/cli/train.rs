@@ -5,6 +5,9 @@ use fsmoe::train::{Request, Settings, train};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
+#[command(
+    after_help = "In round brackets: what is taken where neither a flag nor --config says. The model's sizes come from the preset."
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     settings: Settings,

@@ -37,45 +37,45 @@ macro_rules! settings {
 }
 
 settings! {
-    /// Model: gpt2-moe-tiny, mixtral-tiny, gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
+    /// Model: gpt2-moe-tiny, mixtral-tiny (the default), gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
     preset: String,
     /// Text to train on: a file, or a folder whose files are read in order; without it, this project's own sources
     data: PathBuf,
-    /// Optimizer steps of the whole schedule
+    /// Optimizer steps of the whole schedule (300)
     steps: u64,
     /// End early after this many steps, with a checkpoint that --resume goes on from
     stop_at: u64,
-    /// Seed of everything random
+    /// Seed of everything random (1)
     seed: u64,
-    /// Sequences of a micro-batch
+    /// Sequences of a micro-batch (16)
     batch: usize,
-    /// Tokens of a sequence
+    /// Tokens of a sequence (128)
     seq: usize,
-    /// Micro-batches whose gradients are accumulated for a step
+    /// Micro-batches whose gradients are accumulated for a step (1)
     accumulate: usize,
-    /// Peak learning rate
+    /// Peak learning rate (0.003)
     lr: f64,
-    /// The last step's learning rate over the peak's
+    /// The last step's learning rate over the peak's (0.1)
     min_lr_ratio: f64,
-    /// Steps of linear warm-up
+    /// Steps of linear warm-up (20, or a fifth of fewer than 100 steps)
     warmup: u64,
-    /// Decoupled weight decay, on matrices
+    /// Decoupled weight decay, on matrices (0.1)
     weight_decay: f64,
-    /// Decay of the first moment
+    /// Decay of the first moment (0.9)
     beta1: f64,
-    /// Decay of the second moment
+    /// Decay of the second moment (0.95)
     beta2: f64,
-    /// Added to the root of the second moment
+    /// Added to the root of the second moment (1e-8)
     eps: f64,
-    /// Largest global gradient norm; larger ones are scaled down to it
+    /// Largest global gradient norm; larger ones are scaled down to it (1)
     clip: f64,
-    /// Steps between evaluations on held-out text
+    /// Steps between evaluations on held-out text (50)
     eval_every: u64,
-    /// Held-out windows of an evaluation
+    /// Held-out windows of an evaluation (64)
     eval_windows: usize,
-    /// Steps between checkpoints; the last step always has one
+    /// Steps between checkpoints; the last step always has one (100)
     save_every: u64,
-    /// Checkpoints kept
+    /// Checkpoints kept (2)
     keep_last: usize,
     /// Gate: top-k, sigmoid, x-moe, expert-choice or soft
     gate: GateKind,
@@ -120,7 +120,7 @@ settings! {
     kv_heads: usize,
     /// Inner width H of an expert
     ffn: usize,
-    /// Type of parameters and activations: f32, f64, bf16 or f16
+    /// Type of parameters and activations: f32 (the default), f64, bf16 or f16
     dtype: DType,
     /// Folder for the run; by default runs/PRESET-DATE-TIME
     #[arg(value_name = "DIR")]

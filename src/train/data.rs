@@ -67,7 +67,8 @@ impl Corpus {
         if parts.is_empty() {
             config_err!("--data {}: there is no text in it ({} files, none with a byte)", path.display(), files.len());
         }
-        Ok(Corpus::from_parts(path.display().to_string(), parts))
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        Ok(Corpus::from_parts(name, parts))
     }
 
     fn from_parts(name: String, bytes: Vec<Bytes>) -> Self {
