@@ -7,7 +7,7 @@ use crate::model::{STEP, logits};
 use crate::support::values;
 use fsmoe::autograd::{Init, Tape};
 use fsmoe::device::{Gelu, Lane};
-use fsmoe::model::checkpoint::{TensorFile, load};
+use fsmoe::model::checkpoint::{TensorFile, load, write_tensors};
 use fsmoe::model::{Arch, Block, ModelConfig};
 use fsmoe::moe::MoeConfig;
 use fsmoe::moe::expert::ExpertKind;
@@ -87,4 +87,19 @@ fn a_saved_mixtral_has_the_same_logits() {
     let ids = file.read("ids").unwrap();
     let expected = file.read("logits").unwrap();
     near("logits", &logits(&model, &ids.to_vec::<i32>().unwrap(), ids.dim(0)), &expected);
+}
+
+/// The other way round, for `hf_load_check.py` to compare: logits, as fsmoe computes them, beside the weights of the
+/// checkpoint `FSMOE_CHECKPOINT`.
+#[test]
+#[ignore = "writes the input of tests/golden/hf_load_check.py: set FSMOE_CHECKPOINT to a checkpoint's folder"]
+fn logits_for_transformers() {
+    let dir = PathBuf::from(std::env::var("FSMOE_CHECKPOINT").unwrap());
+    let lane = Lane::cpu();
+    let model = load(&dir, &lane, DType::F64).unwrap();
+    let ids: Vec<i32> = (0..96).map(|i| (i * i + 7 * i) % model.config().vocab as i32).collect();
+    let expected = logits(&model, &ids, 2).reshape([2, 48, model.config().vocab]).unwrap();
+    let ids = Tensor::from_slice(&ids, [2, 48]).unwrap();
+    let tensors = vec![("input_ids".to_owned(), ids), ("logits".to_owned(), expected)];
+    write_tensors(&dir.join("expected_logits.safetensors"), &lane, tensors).unwrap();
 }
