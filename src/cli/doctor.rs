@@ -1,5 +1,6 @@
 //! `fsmoe doctor`.
 
+use super::write_out;
 use fsmoe::device::cuda::probe;
 use fsmoe::{Error, Result};
 
@@ -13,12 +14,11 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self) -> Result<()> {
         let report = probe::probe();
-        if self.json {
-            let text = serde_json::to_string_pretty(&report).map_err(|e| Error::Config(format!("as JSON: {e}")))?;
-            println!("{text}");
+        let text = if self.json {
+            serde_json::to_string_pretty(&report).map_err(|e| Error::Config(format!("as JSON: {e}")))?
         } else {
-            println!("{report}");
-        }
-        Ok(())
+            report.to_string()
+        };
+        write_out(&mut std::io::stdout(), format!("{text}\n").as_bytes())
     }
 }

@@ -5,6 +5,8 @@ mod sample;
 mod train;
 
 use clap::{Parser, Subcommand};
+use fsmoe::{Error, Result};
+use std::io::Write;
 
 /// Trains sparse Mixture-of-Experts models.
 #[derive(Parser)]
@@ -25,11 +27,16 @@ enum Command {
 }
 
 impl Cli {
-    pub(crate) fn run(self) -> fsmoe::Result<()> {
+    pub(crate) fn run(self) -> Result<()> {
         match self.command {
             Command::Train(args) => args.run(),
             Command::Sample(args) => args.run(),
             Command::Doctor(args) => args.run(),
         }
     }
+}
+
+/// Writes to standard output, flushed. A pipe that nobody reads any more is an error, where `print!` would panic.
+fn write_out(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
+    out.write_all(bytes).and_then(|()| out.flush()).map_err(|e| Error::io("standard output", e))
 }

@@ -1,11 +1,11 @@
 //! `fsmoe sample`.
 
+use super::write_out;
 use fsmoe::device::Lane;
 use fsmoe::model::{Sampling, checkpoint as weights, generate};
 use fsmoe::tensor::DType;
 use fsmoe::train::{RunDir, checkpoint};
 use fsmoe::{Error, Result};
-use std::io::Write;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -20,10 +20,10 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 500)]
     bytes: usize,
     /// Logits are divided by it; 0 takes the most probable byte each time
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
     temperature: f64,
     /// Draw only from the most probable bytes that together reach this probability
-    #[arg(long, default_value_t = 0.95)]
+    #[arg(long, default_value_t = 0.95, allow_negative_numbers = true)]
     top_p: f64,
     /// The same seed, model and prompt give the same text
     #[arg(long, default_value_t = 1)]
@@ -49,20 +49,18 @@ impl Args {
                 config.vocab
             )));
         }
-        let model = weights::load(&dir, &lane, DType::F32)?;
-        let prompt: Vec<i32> = self.prompt.bytes().map(i32::from).collect();
         let context = match (self.context, RunDir::of(&dir)) {
             (Some(context), _) => context,
             (None, Ok(run)) => run.settings()?.resolve()?.0.seq,
             (None, Err(_)) => config.max_seq,
         };
         let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed, context };
+        sampling.validate()?;
+        let model = weights::load(&dir, &lane, DType::F32)?;
+        let prompt: Vec<i32> = self.prompt.bytes().map(i32::from).collect();
         let mut out = std::io::stdout().lock();
-        let written = |e| Error::io("standard output", e);
-        out.write_all(self.prompt.as_bytes()).map_err(written)?;
-        generate(&lane, &model, &prompt, self.bytes, sampling, |byte| {
-            out.write_all(&[byte as u8]).and_then(|()| out.flush()).map_err(written)
-        })?;
-        out.write_all(b"\n").map_err(written)
+        write_out(&mut out, self.prompt.as_bytes())?;
+        generate(&lane, &model, &prompt, self.bytes, sampling, |byte| write_out(&mut out, &[byte as u8]))?;
+        write_out(&mut out, b"\n")
     }
 }

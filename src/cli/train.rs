@@ -1,5 +1,6 @@
 //! `fsmoe train`.
 
+use super::write_out;
 use fsmoe::Result;
 use fsmoe::train::{Request, Settings, train};
 use std::path::PathBuf;
@@ -32,9 +33,9 @@ impl Args {
         let summary = train(Request { settings, resume: self.resume, json })?;
         if self.json {
             eprint!("{summary}");
+            Ok(())
         } else {
-            print!("{summary}");
+            write_out(&mut std::io::stdout(), summary.to_string().as_bytes())
         }
-        Ok(())
     }
 }

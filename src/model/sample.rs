@@ -24,7 +24,11 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    fn validate(&self) -> Result<()> {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// Names the first value that breaks a rule, and the rule.
+    pub fn validate(&self) -> Result<()> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             config_err!("temperature = {}: it is a finite number, at least 0", self.temperature);
         }

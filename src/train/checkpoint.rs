@@ -36,9 +36,12 @@ pub const FORMAT: u32 = 1;
 
 /// Writes `dir/step-NNNNNN` and removes the oldest checkpoints beyond `keep_last`. Returns the new folder.
 ///
+/// Checkpoints of later steps are removed as well: the run has gone back, and they belong to a course it has left.
+///
 /// # Errors
-/// If a file cannot be written; checkpoints that were there before are then whole.
+/// If a parameter is not finite, or a file cannot be written; checkpoints that were there before are then whole.
 pub fn save(dir: &Path, lane: &Lane, trainer: &Trainer, state: &RunState, keep_last: usize) -> Result<PathBuf> {
+    trainer.check_finite()?;
     std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     let path = dir.join(format!("step-{:06}", state.step));
     fsio::atomic_dir(&path, |tmp| {
@@ -49,9 +52,11 @@ pub fn save(dir: &Path, lane: &Lane, trainer: &Trainer, state: &RunState, keep_l
         let file = tmp.join(STATE);
         fsio::atomic_write(&file, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io(&file, e)))
     })?;
-    let all = list(dir)?;
-    for old in all.iter().take(all.len().saturating_sub(keep_last.max(1))) {
-        std::fs::remove_dir_all(old).map_err(|e| Error::io(old, e))?;
+    let mut kept = list(dir)?;
+    let later = kept.split_off(kept.iter().position(|p| *p == path).map_or(kept.len(), |i| i + 1));
+    let old = kept.len().saturating_sub(keep_last.max(1));
+    for gone in kept.drain(..old).chain(later) {
+        std::fs::remove_dir_all(&gone).map_err(|e| Error::io(&gone, e))?;
     }
     Ok(path)
 }

@@ -351,6 +351,9 @@ impl TrainConfig {
         if !(0.0..=1.0).contains(&self.min_lr_ratio) {
             config_err!("--min-lr-ratio {}: it is between 0 and 1", self.min_lr_ratio);
         }
+        if !self.dtype.is_float() {
+            config_err!("--dtype {}: it is one of f32, f64, bf16, f16", self.dtype);
+        }
         if self.stop_at > self.steps {
             config_err!(
                 "--stop-at {} of --steps {}: a run ends at the schedule's end at the latest",

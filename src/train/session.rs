@@ -60,9 +60,10 @@ pub fn train(request: Request) -> Result<Summary> {
         (_, out) => RunDir::create(out.as_deref(), &config.preset)?,
     };
     let settings = Settings { out: None, ..settings };
-    folder.write_config(&settings.to_toml()?)?;
     let first = trainer.steps_done();
+    // Before the settings: rows that cannot be read end the attempt, and the run stays what it was.
     let metrics = folder.append_metrics(first + 1)?;
+    folder.write_config(&settings.to_toml()?)?;
     interrupt::install()?;
     let reporter = Reporter::new(request.json, first, config.stop_at);
     if trainer.model().sees_other_tokens() {
@@ -97,7 +98,7 @@ fn check_continuation(dir: &Path, state: &RunState, config: &TrainConfig) -> Res
     if state.seed != config.seed {
         config_err!("--seed {} to go on from {}: that run has seed {}", config.seed, dir.display(), state.seed);
     }
-    if state.samples != state.step * samples_per_step {
+    if state.step.checked_mul(samples_per_step) != Some(state.samples) {
         config_err!(
             "{samples_per_step} sequences a step to go on from {}: that run saw {} in {} steps; keep --batch times \
              --accumulate as it was",

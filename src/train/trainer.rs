@@ -10,6 +10,8 @@ use crate::model::{ModelConfig, Transformer};
 use crate::moe::{RoutingStats, StepContext};
 use crate::tensor::{DType, Tensor};
 
+const ADVICE: &str = "try a lower --lr or a lower --clip from the last checkpoint";
+
 /// What one optimizer step did.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutcome {
@@ -118,7 +120,8 @@ impl Trainer {
             let loss = tape.cross_entropy(&result.logits, &targets)?;
             let value = self.lane.scalar(loss.value())?;
             if !value.is_finite() {
-                return Err(self.find_non_finite(&ids, &targets, cx, value));
+                let what = format!("step {}: the loss is {value}", self.step + 1);
+                return Err(self.find_non_finite(&what, &ids, &targets, cx));
             }
             out.loss += value / micro as f64;
             out.routing.resize(result.routings.len(), RoutingStats::default());
@@ -129,7 +132,7 @@ impl Trainer {
             tape.backward(&[(&loss, one(loss.value())?), (&result.aux_loss, one(result.aux_loss.value())?)])?;
         }
         out.grad_norm = self.optimizer.measure(1.0 / micro as f64).map_err(|e| match e {
-            Error::Numeric(what) => Error::Numeric(format!("step {}: {what}; {}", self.step, Self::advice())),
+            Error::Numeric(what) => Error::Numeric(format!("step {}: {what}; {ADVICE}", self.step + 1)),
             e => e,
         })?;
         self.optimizer.step(self.step)?;
@@ -141,7 +144,7 @@ impl Trainer {
     /// Mean cross-entropy over `windows` fixed held-out windows, nats per byte, dropping nothing where the gate allows.
     ///
     /// # Errors
-    /// If the device fails.
+    /// If the device fails, and [`Error::Numeric`] if the loss is not finite.
     pub fn evaluate(&self, windows: usize) -> Result<f64> {
         let (seq, batch) = (self.config.seq, self.config.batch.min(windows));
         let windows = self.corpus.held_out_windows(seq, windows);
@@ -154,7 +157,12 @@ impl Trainer {
             let cx = StepContext { train: false, seed: self.config.seed, step: self.step, first_token: 0 };
             let out = self.model.forward(&tape, &ids, chunk.len(), seq, cx)?;
             let loss = tape.cross_entropy(&out.logits, &targets)?;
-            sum += self.lane.scalar(loss.value())? * chunk.len() as f64;
+            let value = self.lane.scalar(loss.value())?;
+            if !value.is_finite() {
+                let what = format!("step {}: the held-out loss is {value}", self.step);
+                return Err(self.find_non_finite(&what, &ids, &targets, cx));
+            }
+            sum += value * chunk.len() as f64;
         }
         Ok(sum / windows.len() as f64)
     }
@@ -175,19 +183,37 @@ impl Trainer {
         Ok((self.upload(&ids)?, self.upload(&targets)?))
     }
 
-    /// The error for a loss that is not finite: runs the forward once more, looking at every output.
-    fn find_non_finite(&self, ids: &Tensor, targets: &Tensor, cx: StepContext, loss: f64) -> Error {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`Error::Numeric`] naming the first that holds a value that is not finite.
+    pub fn check_finite(&self) -> Result<()> {
+        match self.non_finite_parameter() {
+            Some(name) => Err(Error::Numeric(format!(
+                "step {}: a value that is not finite first appeared in the parameter {name}; {ADVICE}",
+                self.step
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn non_finite_parameter(&self) -> Option<String> {
         let bad = self.model.parameters().into_iter().find(|p| {
             let host = self.lane.cast(p.value(), DType::F64).and_then(|t| self.lane.to_host(&t));
             host.and_then(|t| t.to_vec::<f64>()).is_ok_and(|v| v.iter().any(|v| !v.is_finite()))
         });
-        let place = match bad {
-            Some(p) => format!("in the parameter {}", p.name()),
+        bad.map(|p| p.name().to_owned())
+    }
+
+    /// The error for a loss that is not finite: runs the forward once more, looking at every output.
+    fn find_non_finite(&self, what: &str, ids: &Tensor, targets: &Tensor, cx: StepContext) -> Error {
+        let place = match self.non_finite_parameter() {
+            Some(name) => format!("in the parameter {name}"),
             None => {
                 let tape = Tape::checking(&self.lane);
                 let run = self
                     .model
-                    .forward(&tape, ids, self.config.batch, self.config.seq, cx)
+                    .forward(&tape, ids, ids.elements() / self.config.seq, self.config.seq, cx)
                     .and_then(|out| tape.cross_entropy(&out.logits, targets));
                 match (run, tape.first_non_finite()) {
                     (_, Some(place)) => place,
@@ -196,14 +222,6 @@ impl Trainer {
                 }
             }
         };
-        Error::Numeric(format!(
-            "step {}: the loss is {loss}; a value that is not finite first appeared {place}; {}",
-            self.step,
-            Self::advice()
-        ))
-    }
-
-    fn advice() -> &'static str {
-        "the parameters are unchanged since the step before; try a lower --lr or a lower --clip from the last checkpoint"
+        Error::Numeric(format!("{what}; a value that is not finite first appeared {place}; {ADVICE}"))
     }
 }

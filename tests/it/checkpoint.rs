@@ -51,7 +51,7 @@ fn edit_config(dir: &Path, edit: impl FnOnce(&mut Value)) {
     fs::write(path, value.to_string()).unwrap();
 }
 
-fn edit_tensors(dir: &Path, edit: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
+pub(crate) fn edit_tensors(dir: &Path, edit: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
     let path = dir.join("model.safetensors");
     let mut tensors = read_tensors(&path);
     edit(&mut tensors);

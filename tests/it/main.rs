@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // A test that cannot go on fails.
 
 mod checkpoint;
+mod cli;
 mod cuda;
 mod golden_gates;
 mod golden_models;
@@ -11,3 +12,4 @@ mod model;
 mod moe;
 mod properties;
 mod support;
+mod train;

@@ -65,7 +65,7 @@ impl FromStr for OrderKind {
     fn from_str(s: &str) -> Result<Self> {
         match Self::ALL.into_iter().find(|kind| kind.name() == s) {
             Some(kind) => Ok(kind),
-            None => config_err!("order {s:?}: it is one of {}", Self::ALL.map(Self::name).join(", ")),
+            None => config_err!("unknown order {s:?}: it is one of {}", Self::ALL.map(Self::name).join(", ")),
         }
     }
 }

@@ -23,7 +23,7 @@ fn names_are_read_back_and_unknown_ones_list_the_known() {
         assert_eq!(kind.build().name(), kind.name());
     }
     let message = "moe".parse::<OrderKind>().unwrap_err().to_string();
-    assert_eq!(message, "order \"moe\": it is one of gshard, tutel, ragged");
+    assert_eq!(message, "unknown order \"moe\": it is one of gshard, tutel, ragged");
 }
 
 #[test]
