@@ -40,7 +40,7 @@ fn orders(c: &mut Criterion) -> Result<()> {
     let mut group = c.benchmark_group("order");
     let row = (HIDDEN * size_of::<f32>()) as u64;
     let (tokens, choices) = (TOKENS as u64 * row, (TOKENS * TOP_K) as u64 * row);
-    for kind in OrderKind::ALL {
+    for &kind in OrderKind::ALL {
         let order = kind.build();
         let (rows, saved) = order.dispatch(&lane, &routing, &x)?;
         let out = normal(&lane, 4, *rows.data.shape());

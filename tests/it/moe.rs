@@ -84,7 +84,7 @@ fn dropped(routing: &Routing) -> u64 {
 #[test]
 fn gradients_per_gate_order_and_expert() {
     for &gate in GateKind::ALL {
-        for order in OrderKind::ALL {
+        for &order in OrderKind::ALL {
             for &expert in ExpertKind::ALL {
                 if gate == GateKind::Soft && order != OrderKind::GShard {
                     continue;

@@ -236,7 +236,7 @@ fn orders_agree(lane: &Lane, case: &Case, routing: &Routing) -> Result<(), TestC
 fn rows_come_back(lane: &Lane, case: &Case, routing: &Routing, kept: &[usize]) -> Result<(), TestCaseError> {
     let x = case.x();
     let want: Vec<f64> = values(&x).iter().enumerate().map(|(i, x)| kept[i / case.width] as f64 * x).collect();
-    for kind in OrderKind::ALL {
+    for &kind in OrderKind::ALL {
         let order = kind.build();
         let (rows, saved) = order.dispatch(lane, routing, &x).unwrap();
         close(kind.name(), &values(&order.combine(lane, routing, &saved, &rows.data).unwrap()), &want)?;

@@ -248,7 +248,7 @@ fn every_gate_learns_in_every_order() {
     let place = Place::new();
     let mut learned = 0;
     for gate in GateKind::ALL {
-        for order in OrderKind::ALL {
+        for &order in OrderKind::ALL {
             let flags = format!("--gate {gate} --order {order} --steps 50 --lr 0.01 --save-every 50");
             if parsed(&flags).resolve().is_err() {
                 continue;

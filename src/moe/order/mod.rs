@@ -13,15 +13,12 @@ pub use tutel::Tutel;
 
 use super::{Assignment, Order, Routing, RowSplit};
 use crate::device::Lane;
-use crate::error::{Error, Result, config_err, shape_err};
+use crate::error::{Result, config_err, shape_err};
+use crate::named::named;
 use crate::tensor::Tensor;
-use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
 
 /// The orders that this crate brings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OrderKind {
     /// [`GShard`].
     GShard,
@@ -31,41 +28,15 @@ pub enum OrderKind {
     Ragged,
 }
 
+named!(OrderKind, "order", { GShard => "gshard", Tutel => "tutel", Ragged => "ragged" });
+
 impl OrderKind {
-    /// Every kind.
-    pub const ALL: [OrderKind; 3] = [OrderKind::GShard, OrderKind::Tutel, OrderKind::Ragged];
-
-    /// The name on the command line and in configurations.
-    pub const fn name(self) -> &'static str {
-        match self {
-            OrderKind::GShard => "gshard",
-            OrderKind::Tutel => "tutel",
-            OrderKind::Ragged => "ragged",
-        }
-    }
-
     /// The order itself.
     pub fn build(self) -> Box<dyn Order> {
         match self {
             OrderKind::GShard => Box::new(GShard),
             OrderKind::Tutel => Box::new(Tutel),
             OrderKind::Ragged => Box::new(Ragged),
-        }
-    }
-}
-
-impl fmt::Display for OrderKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for OrderKind {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match Self::ALL.into_iter().find(|kind| kind.name() == s) {
-            Some(kind) => Ok(kind),
-            None => config_err!("unknown order {s:?}: it is one of {}", Self::ALL.map(Self::name).join(", ")),
         }
     }
 }

@@ -17,7 +17,7 @@ fn routing(tokens: usize, experts: usize, capacity: usize, assignment: Assignmen
 
 #[test]
 fn names_are_read_back_and_unknown_ones_list_the_known() {
-    for kind in OrderKind::ALL {
+    for &kind in OrderKind::ALL {
         assert_eq!(kind.to_string().parse::<OrderKind>().unwrap(), kind);
         assert_eq!(serde_json::to_string(&kind).unwrap(), format!("\"{kind}\""));
         assert_eq!(kind.build().name(), kind.name());
@@ -55,7 +55,7 @@ fn tokens_must_be_the_routings() {
     let choice = || Tensor::host_zeros([4, 1], DType::I32);
     let weights = Tensor::host_zeros([4, 1], DType::F32);
     let routing = routing(4, 2, 4, Assignment::TokenChoice { experts: choice(), slots: choice(), weights });
-    for kind in OrderKind::ALL {
+    for &kind in OrderKind::ALL {
         let x = Tensor::host_zeros([5, 3], DType::F32);
         let message = kind.build().dispatch(&Lane::cpu(), &routing, &x).err().unwrap().to_string();
         assert!(message.contains("(5, 3)") && message.contains("4 tokens"), "{message}");
@@ -80,7 +80,7 @@ fn bf16_rows_keep_f32_weights_and_gradients() {
         },
     );
     routing.loads = Tensor::from_slice(&[1, 2], [1, 2]).unwrap();
-    for kind in OrderKind::ALL {
+    for &kind in OrderKind::ALL {
         let order = kind.build();
         let (rows, saved) = order.dispatch(&lane, &routing, &x).unwrap();
         let y = order.combine(&lane, &routing, &saved, &rows.data).unwrap();
