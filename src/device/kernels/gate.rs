@@ -67,7 +67,7 @@ pub trait GateKernels: Send + Sync {
     /// `d_probs[tokens[e,s], e] += d_weights[e,s]`.
     fn expert_choice_backward(&self, tokens: &Tensor, d_weights: &Tensor, d_probs: &Tensor) -> Result<()>;
 
-    /// Load-balance loss `loss[0] = E·Σ_e m_e·c_e`: m_e the mean of probs[:,e], c_e the number of counted choices of e
+    /// Load-balance loss `loss[0] = E·Σ_e m_e·c_e`: m_e the mean of `probs[:,e]`, c_e the number of counted choices of e
     /// over T, counting first choices (GShard, Switch) or all k (`first_only` false; Hugging Face's Mixtral). Writes
     /// `fraction[e] = c_e` for the backward. probs: (T, E) acc, experts: (T, k), loss: (1) acc, fraction: (E) acc.
     fn balance_loss(
@@ -82,13 +82,13 @@ pub trait GateKernels: Send + Sync {
     /// `d_probs[t,e] += d_loss[0]·E·fraction[e]/T`. d_loss: (1) acc.
     fn balance_loss_backward(&self, fraction: &Tensor, d_loss: &Tensor, d_probs: &Tensor) -> Result<()>;
 
-    /// z-loss (Zoph et al. 2022): `loss[0]` = mean over tokens of lse², `lse[t]` = log Σ_e exp(logits[t,e]).
+    /// z-loss (Zoph et al. 2022): `loss[0]` = mean over tokens of lse², `lse[t] = log Σ_e exp(logits[t,e])`.
     fn z_loss(&self, logits: &Tensor, lse: &Tensor, loss: &Tensor) -> Result<()>;
 
     /// `d_logits[t,e] += d_loss[0]·2·lse[t]/T·exp(logits[t,e] − lse[t])`.
     fn z_loss_backward(&self, logits: &Tensor, lse: &Tensor, d_loss: &Tensor, d_logits: &Tensor) -> Result<()>;
 
-    /// `out[0]` = the mean over tokens of the entropy −Σ p·ln p of probs[t] normalised to sum one, in nats. probs: (T, E).
+    /// `out[0]` = the mean over tokens of the entropy −Σ p·ln p of `probs[t]` normalised to sum one, in nats. probs: (T, E).
     fn mean_entropy(&self, probs: &Tensor, out: &Tensor) -> Result<()>;
 
     /// Noisy top-k (Shazeer et al. 2017): `out = clean + noise·softplus(raw)`; all (T, E) acc. `out` may be `clean`.

@@ -15,7 +15,7 @@ pub trait OrderKernels: Send + Sync {
     /// dtype or acc.
     fn scatter_rows(&self, src: &Tensor, index: &Tensor, dst: &Tensor) -> Result<()>;
 
-    /// `index[t,j] = starts[g,e] + slots[t,j]` for e = experts[t,j] and g the group of token t, −1 where the slot is −1.
+    /// `index[t,j] = starts[g,e] + slots[t,j]` for `e = experts[t,j]` and g the group of token t, −1 where the slot is −1.
     /// experts, slots, index: (T, k) i32; starts: (G, E) i32.
     fn row_index(&self, experts: &Tensor, slots: &Tensor, starts: &Tensor, index: &Tensor) -> Result<()>;
 
@@ -39,7 +39,7 @@ pub trait OrderKernels: Send + Sync {
         out: &Tensor,
     ) -> Result<()>;
 
-    /// Backward of a weighted sum, row by row, with t = row_token[r] and n = row_weight[r]:
+    /// Backward of a weighted sum, row by row, with `t = row_token[r]` and `n = row_weight[r]`:
     /// `d_rows[r] = weights[n]·dy[t]`, `d_weights[n] = dy[t]·rows[r]`; where t is −1, a row of zeros. Weights that no row
     /// names get gradient 0. dy: (T, M); rows, d_rows: (R, M); row_token, row_weight: (R) i32; weights, d_weights: acc.
     fn combine_rows_backward(
