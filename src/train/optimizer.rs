@@ -85,11 +85,8 @@ impl Optimizer {
     }
 
     /// Sets every gradient to zero.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn zero_grad(&self) -> Result<()> {
-        self.params.iter().try_for_each(|p| p.param.zero_grad(&self.lane))
+    pub fn zero_grad(&self) {
+        self.params.iter().for_each(|p| p.param.zero_grad());
     }
 
     /// Computes the global norm of the gradients times `grad_scale` (one over the number of accumulated micro-batches),

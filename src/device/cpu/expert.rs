@@ -2,11 +2,13 @@
 
 use super::Cpu;
 use super::math::{PIECE, apart, same};
-use super::util::{Num, Real, distinct, float_type, for_rows, in_place, input, on_host, output};
-use crate::device::{ExpertKernels, Gelu};
+use super::util::{Num, Real, Shared, distinct, float_type, for_rows, in_place, input, on_host, output};
+use crate::device::{ExpertKernels, Gelu, GroupedKernels, RowWeights};
 use crate::error::{Result, shape_err};
 use crate::tensor::{Element, Tensor};
 use rayon::prelude::*;
+
+impl GroupedKernels for Cpu {}
 
 impl ExpertKernels for Cpu {
     fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> {
@@ -89,6 +91,122 @@ impl ExpertKernels for Cpu {
         });
         Ok(())
     }
+
+    fn gelu_backward_weighted(
+        &self,
+        form: Gelu,
+        x: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        dx: &Tensor,
+        act: &Tensor,
+    ) -> Result<()> {
+        let op = "gelu_backward_weighted";
+        weighted(op, [x, x], dy, weights, [dx, act])?;
+        float_type!("gelu_backward_weighted", x.dtype(), T => {
+            let (x, dy, width) = (input::<T>(x)?, input::<T>(dy)?, x.rows().1);
+            weighted_rows::<T, _>(weights, [dx, act], |r, weight, [dx, act]| {
+                let mut sum = Real::of(0.0);
+                let inputs = x[r * width..].iter().zip(&dy[r * width..]);
+                for ((dx, act), (x, dy)) in dx.iter_mut().zip(act).zip(inputs) {
+                    let (x, dy) = (x.get(), dy.get());
+                    let (value, slope) = match form {
+                        Gelu::Erf => (x * normal_cdf(x), erf_slope(x)),
+                        Gelu::Tanh => (x * tanh_cdf(x).0, tanh_slope(x)),
+                    };
+                    sum += dy * value;
+                    *dx = T::put(weight * dy * slope);
+                    *act = T::put(weight * value);
+                }
+                sum
+            })
+        })
+    }
+
+    fn swiglu_backward_weighted(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        d_gate: &Tensor,
+        d_up: &Tensor,
+        act: &Tensor,
+    ) -> Result<()> {
+        let op = "swiglu_backward_weighted";
+        weighted(op, [gate, up], dy, weights, [d_gate, d_up])?;
+        weighted(op, [gate, up], dy, weights, [d_gate, act])?;
+        float_type!("swiglu_backward_weighted", gate.dtype(), T => {
+            let (g, u, dy, width) = (input::<T>(gate)?, input::<T>(up)?, input::<T>(dy)?, gate.rows().1);
+            weighted_rows::<T, _>(weights, [d_gate, d_up, act], |r, weight, [d_gate, d_up, act]| {
+                let mut sum = Real::of(0.0);
+                for (i, ((dg, du), act)) in d_gate.iter_mut().zip(d_up).zip(act).enumerate() {
+                    let at = r * width + i;
+                    let (g, u, dy) = (g[at].get(), u[at].get(), dy[at].get());
+                    let s = g.sigmoid();
+                    let (value, d) = (g * s * u, weight * dy);
+                    sum += dy * value;
+                    *dg = T::put(d * u * s * (1.0 + g * (1.0 - s)));
+                    *du = T::put(d * g * s);
+                    *act = T::put(weight * value);
+                }
+                sum
+            })
+        })
+    }
+}
+
+/// The checks of the weighted backwards: (R, H) all, (R) acc the weights and their gradient, outputs apart.
+fn weighted(
+    op: &str,
+    inputs: [&Tensor; 2],
+    dy: &Tensor,
+    weights: Option<RowWeights<'_>>,
+    outputs: [&Tensor; 2],
+) -> Result<()> {
+    same(op, inputs[0], &[inputs[1], dy, outputs[0], outputs[1]])?;
+    let shape = inputs[0].shape();
+    if shape.len() != 2 {
+        shape_err!("{op}: shape {shape}: it takes rows (R, H)");
+    }
+    if let Some(RowWeights { weights, d_weights }) = weights {
+        let acc = inputs[0].dtype().accumulate();
+        for t in [weights, d_weights] {
+            if t.shape().dims() != [shape[0]] || t.dtype() != acc {
+                shape_err!("{op}: weights or their gradient {t:?} for rows {shape}: both are ({}) {acc}", shape[0]);
+            }
+        }
+        apart(op, weights, d_weights)?;
+    }
+    if outputs[0].overlaps(outputs[1]) {
+        shape_err!("{op}: two outputs share memory");
+    }
+    Ok(())
+}
+
+/// `row(r, weight, outputs' rows)` for every row, in parallel; what it returns is the gradient of the row's weight.
+fn weighted_rows<T: Num, const N: usize>(
+    weights: Option<RowWeights<'_>>,
+    outputs: [&Tensor; N],
+    row: impl Fn(usize, T::Acc, [&mut [T]; N]) -> T::Acc + Sync + Send,
+) -> Result<()> {
+    let (rows, width) = outputs[0].rows();
+    let given = weights.map(|w| input::<T::Acc>(w.weights)).transpose()?;
+    let written = weights.map(|w| output::<T::Acc>(w.d_weights)).transpose()?.map(|d| Shared(d.as_mut_ptr()));
+    for out in outputs {
+        output::<T>(out)?;
+    }
+    let outputs = outputs.map(Strided::<T>::new);
+    (0..rows).into_par_iter().with_min_len((4 * PIECE).div_ceil(width.max(1))).for_each(|r| {
+        let weight = given.map_or(T::Acc::of(1.0), |w| w[r]);
+        // SAFETY: a row belongs to one task; the outputs have no element in common (checked by the callers).
+        let sum = row(r, weight, outputs.each_ref().map(|out| unsafe { out.row_mut(r) }));
+        if let Some(d) = &written {
+            // SAFETY: r is below the length, which is that of the rows (checked), and belongs to this task.
+            unsafe { *d.at(r) = sum }
+        }
+    });
+    Ok(())
 }
 
 /// Φ(x), the normal distribution function.

@@ -15,6 +15,7 @@
 
 mod expert;
 mod gate;
+mod grouped;
 mod math;
 mod memory;
 mod model;
@@ -23,6 +24,8 @@ mod order;
 
 pub use expert::{ExpertKernels, Gelu};
 pub use gate::{ExpertGroups, GateKernels};
+pub(in crate::device) use grouped::compose;
+pub use grouped::{GroupedKernels, RowWeights, Segments};
 pub use math::MathKernels;
 pub use memory::MemoryKernels;
 pub use model::{AttentionShape, ModelKernels, Rope};
@@ -31,11 +34,18 @@ pub use order::OrderKernels;
 
 /// All primitive operations of a backend.
 pub trait Kernels:
-    MemoryKernels + MathKernels + ExpertKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
+    MemoryKernels + MathKernels + ExpertKernels + GroupedKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
 {
 }
 
 impl<K> Kernels for K where
-    K: MemoryKernels + MathKernels + ExpertKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
+    K: MemoryKernels
+        + MathKernels
+        + ExpertKernels
+        + GroupedKernels
+        + GateKernels
+        + OrderKernels
+        + ModelKernels
+        + OptimKernels
 {
 }

@@ -2,11 +2,12 @@
 //!
 //! A row index names a row of the experts' buffer; −1 stands for "none": a dropped choice, an empty slot.
 
-use crate::error::Result;
-use crate::tensor::Tensor;
+use super::MemoryKernels;
+use crate::error::{Result, shape_err};
+use crate::tensor::{DType, Tensor};
 
 /// Moving rows.
-pub trait OrderKernels: Send + Sync {
+pub trait OrderKernels: MemoryKernels {
     /// `dst[n] = src[index[n]]`, a row of zeros where the index is −1. src: (R, M), index: (N) i32, dst: (N, M), same
     /// dtype. Any index ≥ R is an error on the CPU.
     fn gather_rows(&self, src: &Tensor, index: &Tensor, dst: &Tensor) -> Result<()>;
@@ -52,4 +53,60 @@ pub trait OrderKernels: Send + Sync {
         d_rows: &Tensor,
         d_weights: &Tensor,
     ) -> Result<()>;
+
+    /// [`OrderKernels::gather_rows`] of the first `end[0]` rows; those after it are not touched. end: (1) i32.
+    fn gather_rows_until(&self, src: &Tensor, index: &Tensor, end: Option<&Tensor>, dst: &Tensor) -> Result<()> {
+        match end {
+            None => self.gather_rows(src, index, dst),
+            Some(end) => {
+                let rows = ints(self, end)?[0] as usize;
+                self.gather_rows(src, &index.narrow(0, 0, rows)?, &dst.narrow(0, 0, rows)?)
+            }
+        }
+    }
+
+    /// Lays a token choice's rows out in segments: expert e's rows are `offsets[e]..offsets[e+1]`, group after group, what
+    /// is left of the last `block` rows empty. loads: (G, E) i32, choices before drops, of which each group keeps up to
+    /// `capacity`. Writes offsets (E+1), `index[t,j]`, the row of every choice (−1: dropped), and its inverse
+    /// `row_choice`, `row_token` (R) as [`OrderKernels::invert_index`] does, −1 also from `offsets[E]` on. experts, slots,
+    /// index: (T, k) i32. R is at least what the kept rows take.
+    fn block_index(
+        &self,
+        experts: &Tensor,
+        slots: &Tensor,
+        loads: &Tensor,
+        capacity: usize,
+        block: usize,
+        offsets: &Tensor,
+        index: &Tensor,
+        row_choice: &Tensor,
+        row_token: &Tensor,
+    ) -> Result<()> {
+        let (groups, num_experts) = (loads.dim(0), loads.dim(1));
+        let kept: Vec<usize> = ints(self, loads)?.iter().map(|&n| capacity.min(n as usize)).collect();
+        let (mut starts, mut ends, mut row) = (vec![0; groups * num_experts], vec![0], 0);
+        for e in 0..num_experts {
+            for g in 0..groups {
+                starts[g * num_experts + e] = row as i32;
+                row += kept[g * num_experts + e];
+            }
+            row = row.next_multiple_of(block);
+            ends.push(row as i32);
+        }
+        if row > row_token.elements() {
+            shape_err!("block_index: {row} rows in segments of {block}, and room for {}", row_token.elements());
+        }
+        self.upload(&Tensor::from_slice(&ends, [num_experts + 1])?, offsets)?;
+        let on_device = self.alloc([groups, num_experts].into(), DType::I32)?;
+        self.upload(&Tensor::from_slice(&starts, [groups, num_experts])?, &on_device)?;
+        self.row_index(experts, slots, &on_device, index)?;
+        self.invert_index(index, row_choice, row_token)
+    }
+}
+
+/// An i32 tensor of the device on the host.
+fn ints<K: OrderKernels + ?Sized>(k: &K, t: &Tensor) -> Result<Vec<i32>> {
+    let host = Tensor::host(*t.shape(), t.dtype());
+    k.download(t, &host)?;
+    host.to_vec()
 }

@@ -77,6 +77,7 @@ impl TokenChoice {
         lane.count_experts(&experts, &loads)?;
         let capacity = match cx.capacity.rows(k, group_tokens, self.experts) {
             Some(rows) => rows,
+            None if !cx.padded => group_tokens,
             None => largest(lane, &loads)?,
         };
         let priority = match self.batch_prioritised {

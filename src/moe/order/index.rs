@@ -5,7 +5,7 @@ use super::{refuse_dense, starts, weights};
 use crate::device::Lane;
 use crate::error::Result;
 use crate::moe::{Assignment, Routing};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// A routing as row numbers, for R expert rows.
 pub(super) struct Index {
@@ -17,6 +17,8 @@ pub(super) struct Index {
     row_token: Tensor,
     /// (R) i32: which of the routing's weights, flattened, is every row's; −1 in an empty slot.
     row_weight: Tensor,
+    /// (1) i32: from which row on nothing is read or written; none where all rows are used.
+    end: Option<Tensor>,
 }
 
 impl Index {
@@ -34,7 +36,7 @@ impl Index {
                 lane.row_index(experts, slots, &starts(lane, routing, start)?, &index)?;
                 let (row_weight, row_token) = (lane.empty([rows], DType::I32)?, lane.empty([rows], DType::I32)?);
                 lane.invert_index(&index, &row_weight, &row_token)?;
-                Ok(Index { rows: index.reshape([index.elements()])?, offsets: None, row_token, row_weight })
+                Ok(Index { rows: index.reshape([index.elements()])?, offsets: None, row_token, row_weight, end: None })
             }
             Assignment::ExpertChoice { tokens, .. } => {
                 // Every slot is taken, so both layouts are the routing's own.
@@ -43,17 +45,61 @@ impl Index {
                 lane.rows_by_token(&row_token, &offsets, &list)?;
                 let identity: Vec<i32> = (0..rows as i32).collect();
                 let row_weight = lane.to_device(&Tensor::from_slice(&identity, [rows])?)?;
-                Ok(Index { rows: list, offsets: Some(offsets), row_token, row_weight })
+                Ok(Index { rows: list, offsets: Some(offsets), row_token, row_weight, end: None })
             }
             Assignment::Dense { .. } => refuse_dense(order),
         }
     }
 
+    /// The index of a token choice whose rows lie in segments of a multiple of `block` rows, and the segments' offsets,
+    /// (E + 1) i32. Nothing is read to the host: R is as many rows as there can be.
+    pub(super) fn blocks(
+        lane: &Lane,
+        routing: &Routing,
+        experts: &Tensor,
+        slots: &Tensor,
+        block: usize,
+    ) -> Result<(Index, Tensor)> {
+        let most = routing.padded_rows().min(experts.elements());
+        let rows = (most + routing.experts * (block - 1)) / block * block;
+        let int = |shape: &[usize]| lane.empty(shape, DType::I32);
+        let offsets = int(&[routing.experts + 1])?;
+        let (index, row_weight, row_token) = (int(experts.shape().dims())?, int(&[rows])?, int(&[rows])?);
+        lane.block_index(
+            experts,
+            slots,
+            &routing.loads,
+            routing.capacity,
+            block,
+            &offsets,
+            &index,
+            &row_weight,
+            &row_token,
+        )?;
+        let end = Some(offsets.narrow(0, routing.experts, 1)?);
+        Ok((Index { rows: index.reshape([index.elements()])?, offsets: None, row_token, row_weight, end }, offsets))
+    }
+
     /// (R, M): the tokens x in their rows, zeros in empty slots.
     pub(super) fn dispatch(&self, lane: &Lane, x: &Tensor) -> Result<Tensor> {
         let rows = lane.empty([self.row_token.elements(), x.dim(1)], x.dtype())?;
-        lane.gather_rows(x, &self.row_token, &rows)?;
+        lane.gather_rows_until(x, &self.row_token, self.end.as_ref(), &rows)?;
         Ok(rows)
+    }
+
+    /// Every row's weight, (R) acc.
+    pub(super) fn row_weights(&self, order: &str, lane: &Lane, routing: &Routing) -> Result<Tensor> {
+        gather(lane, weights(order, routing)?, &self.row_weight, [self.row_weight.elements()])
+    }
+
+    /// The gradient of the routing's weights from that of the rows'.
+    pub(super) fn weights_grad(&self, order: &str, lane: &Lane, routing: &Routing, d: &Tensor) -> Result<Tensor> {
+        let weights = weights(order, routing)?;
+        if self.offsets.is_some() {
+            // Every slot is taken: weights and rows are one list.
+            return d.reshape(*weights.shape());
+        }
+        gather(lane, d, &self.rows, *weights.shape())
     }
 
     /// Writes dx (T, M): the sum of each token's rows.
@@ -67,9 +113,7 @@ impl Index {
         let mut weights = weights(order, routing)?.reshape([n])?;
         if self.offsets.is_some() {
             // One weight per row, needed in the order of the list.
-            let listed = lane.empty([n, 1], weights.dtype())?;
-            lane.gather_rows(&weights.reshape([n, 1])?, &self.rows, &listed)?;
-            weights = listed.reshape([n])?;
+            weights = gather(lane, &weights, &self.rows, [n])?;
         }
         let y = lane.empty([routing.tokens, rows.dim(1)], rows.dtype())?;
         lane.combine_rows(rows, &self.rows, self.offsets.as_ref(), Some(&weights), &y)?;
@@ -99,4 +143,12 @@ impl Index {
         )?;
         Ok((d_rows, d_weights))
     }
+}
+
+/// `out[i] = values[index[i]]`, 0 where the index is −1; values of any shape, taken as a list.
+fn gather(lane: &Lane, values: &Tensor, index: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
+    let n = index.elements();
+    let out = lane.empty([n, 1], values.dtype())?;
+    lane.gather_rows(&values.reshape([values.elements(), 1])?, index, &out)?;
+    out.reshape(shape)
 }

@@ -4,7 +4,7 @@ use super::index::Index;
 use super::{check_tokens, padded, padded_start};
 use crate::device::Lane;
 use crate::error::Result;
-use crate::moe::{Order, Routing, Rows, Saved, saved};
+use crate::moe::{Order, Routing, Rows, Saved, SparseOrder, saved};
 use crate::tensor::Tensor;
 
 /// Rows are gathered by index into the padded layout (E, G·C, M) (Hwang et al. 2023): work and memory grow with the rows,
@@ -50,5 +50,20 @@ impl Order for Tutel {
         dy: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         saved::<Index>(index)?.combine_backward(self.name(), lane, routing, rows, dy)
+    }
+
+    fn sparse(&self) -> Option<&dyn SparseOrder> {
+        Some(self)
+    }
+}
+
+impl SparseOrder for Tutel {
+    fn gather_grad(&self, lane: &Lane, routing: &Routing, index: &Saved, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        let index: &Index = saved(index)?;
+        Ok((index.dispatch(lane, dy)?, index.row_weights(self.name(), lane, routing)?))
+    }
+
+    fn weights_grad(&self, lane: &Lane, routing: &Routing, index: &Saved, d_weights: &Tensor) -> Result<Tensor> {
+        saved::<Index>(index)?.weights_grad(self.name(), lane, routing, d_weights)
     }
 }
