@@ -1,5 +1,6 @@
 //! What operations demand of their arguments, the same on every backend: errors name the operation, the value and the rule.
 
+use super::RowWeights;
 use crate::error::{Result, shape_err};
 use crate::tensor::{DType, Tensor};
 
@@ -53,6 +54,31 @@ pub(super) fn in_place(op: &str, a: &Tensor, out: &Tensor) -> Result<bool> {
         shape_err!("{op}: the output shares memory with an input of shape {} without being that input", a.shape());
     }
     Ok(same)
+}
+
+/// Fails unless inputs and outputs are rows (R, H) of one shape and dtype, the weights and their gradient (R) acc, and the
+/// outputs apart from each other and from everything else.
+pub(super) fn weighted(
+    op: &str,
+    inputs: &[&Tensor],
+    weights: Option<RowWeights<'_>>,
+    outputs: &[&Tensor],
+) -> Result<()> {
+    same(op, inputs[0], &inputs[1..])?;
+    same(op, inputs[0], outputs)?;
+    let (rows, _) = matrix(op, "rows", inputs[0])?;
+    let mut read = inputs.to_vec();
+    if let Some(RowWeights { weights, d_weights }) = weights {
+        let acc = inputs[0].dtype().accumulate();
+        expect(op, "the rows' weights", weights, &[rows], acc)?;
+        expect(op, "the gradient of the rows' weights", d_weights, &[rows], acc)?;
+        apart(op, weights, d_weights)?;
+        read.push(weights);
+    }
+    for (n, out) in outputs.iter().enumerate() {
+        read.iter().chain(&outputs[..n]).try_for_each(|t| apart(op, t, out))?;
+    }
+    Ok(())
 }
 
 /// Fails where two indices of an output name one element: threads would write it at once.

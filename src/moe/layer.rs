@@ -61,6 +61,9 @@ pub struct MoeConfig {
     pub gelu: Gelu,
     /// Standard deviation of the initial weights.
     pub init_std: f64,
+    /// The backward computes the experts' inner products again rather than keeping them: less memory, a third more work in
+    /// the experts' forward.
+    pub recompute: bool,
     /// Standard deviation of the experts' output matrix w2, where it differs (GPT-2's residual scaling).
     pub output_std: Option<f64>,
 }
@@ -89,6 +92,7 @@ impl Default for MoeConfig {
             soft_slots: 1,
             gelu: Gelu::Erf,
             init_std: 0.02,
+            recompute: false,
             output_std: None,
         }
     }

@@ -196,6 +196,16 @@ fn rows_in_blocks_give_what_ragged_rows_give() {
 }
 
 #[test]
+fn recomputed_activations_change_nothing() {
+    for kind in [ExpertKind::Gpt, ExpertKind::Mixtral] {
+        let kept = config(GateKind::TopK, OrderKind::Tutel, kind);
+        let recomputed = MoeConfig { recompute: true, ..kept.clone() };
+        let (x, dy) = (random(1, [TOKENS, 4]), random(2, [TOKENS, 4]));
+        assert_eq!(results(&layer(&kept), &x, &dy), results(&layer(&recomputed), &x, &dy), "{kind}");
+    }
+}
+
+#[test]
 fn batch_prioritised_routing_drops_other_tokens() {
     let in_order = config(GateKind::TopK, OrderKind::Tutel, ExpertKind::Gpt);
     let prioritised = MoeConfig { batch_prioritised: true, ..in_order.clone() };

@@ -3,7 +3,7 @@
 use super::Cpu;
 use super::math::{PIECE, apart, same};
 use super::util::{Num, Real, Shared, distinct, float_type, for_rows, in_place, input, on_host, output};
-use crate::device::check::{side_by_side, strided_rows};
+use crate::device::check::{side_by_side, strided_rows, weighted};
 use crate::device::{ExpertKernels, Gelu, GroupedKernels, RowWeights};
 use crate::error::{Result, shape_err};
 use crate::tensor::{Element, Tensor};
@@ -105,7 +105,7 @@ impl ExpertKernels for Cpu {
         act: &Tensor,
     ) -> Result<()> {
         let op = "gelu_backward_weighted";
-        weighted(op, [x, x], dy, weights, [dx, act])?;
+        weighted(op, &[x, dy], weights, &[dx, act])?;
         float_type!("gelu_backward_weighted", x.dtype(), T => {
             let (x, dy, width) = (input::<T>(x)?, input::<T>(dy)?, x.rows().1);
             weighted_rows::<T, _>(weights, [dx, act], |r, weight, [dx, act]| {
@@ -137,8 +137,7 @@ impl ExpertKernels for Cpu {
         act: &Tensor,
     ) -> Result<()> {
         let op = "swiglu_backward_weighted";
-        weighted(op, [gate, up], dy, weights, [d_gate, d_up])?;
-        weighted(op, [gate, up], dy, weights, [d_gate, act])?;
+        weighted(op, &[gate, up, dy], weights, &[d_gate, d_up, act])?;
         float_type!("swiglu_backward_weighted", gate.dtype(), T => {
             let (g, u, dy, width) = (input::<T>(gate)?, input::<T>(up)?, input::<T>(dy)?, gate.rows().1);
             weighted_rows::<T, _>(weights, [d_gate, d_up, act], |r, weight, [d_gate, d_up, act]| {
@@ -157,34 +156,6 @@ impl ExpertKernels for Cpu {
             })
         })
     }
-}
-
-/// The checks of the weighted backwards: (R, H) all, (R) acc the weights and their gradient, outputs apart.
-fn weighted(
-    op: &str,
-    inputs: [&Tensor; 2],
-    dy: &Tensor,
-    weights: Option<RowWeights<'_>>,
-    outputs: [&Tensor; 2],
-) -> Result<()> {
-    same(op, inputs[0], &[inputs[1], dy, outputs[0], outputs[1]])?;
-    let shape = inputs[0].shape();
-    if shape.len() != 2 {
-        shape_err!("{op}: shape {shape}: it takes rows (R, H)");
-    }
-    if let Some(RowWeights { weights, d_weights }) = weights {
-        let acc = inputs[0].dtype().accumulate();
-        for t in [weights, d_weights] {
-            if t.shape().dims() != [shape[0]] || t.dtype() != acc {
-                shape_err!("{op}: weights or their gradient {t:?} for rows {shape}: both are ({}) {acc}", shape[0]);
-            }
-        }
-        apart(op, weights, d_weights)?;
-    }
-    if outputs[0].overlaps(outputs[1]) {
-        shape_err!("{op}: two outputs share memory");
-    }
-    Ok(())
 }
 
 /// `row(r, weight, outputs' rows)` for every row, in parallel; what it returns is the gradient of the row's weight.

@@ -3,9 +3,11 @@
 use super::args::Args;
 use super::backend::{Cuda, THREADS};
 use crate::device::check::{self, apart, side_by_side};
-use crate::device::{ExpertKernels, Gelu};
+use crate::device::{ExpertKernels, Gelu, GroupedKernels, RowWeights};
 use crate::error::{Result, shape_err};
 use crate::tensor::Tensor;
+
+impl GroupedKernels for Cuda {}
 
 impl ExpertKernels for Cuda {
     fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> {
@@ -58,6 +60,44 @@ impl ExpertKernels for Cuda {
         // SAFETY: as in the forward; no two elements that are written are one.
         unsafe { self.launch_rows(&name, dy, strides.iter().all(|s| *s == width), args) }
     }
+
+    fn gelu_backward_weighted(
+        &self,
+        form: Gelu,
+        x: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        dx: &Tensor,
+        act: &Tensor,
+    ) -> Result<()> {
+        let op = "gelu_backward_weighted";
+        self.weighted(op, &[x, dy], weights, &[dx, act])?;
+        let name = format!("weighted_{}_backward_{}", stem(form), self.suffix(op, x)?);
+        let args = Args::new().tensor(x).tensor(dy).optional(weights.map(|w| w.weights)).tensor(dx).tensor(act);
+        let (args, (rows, cols)) = (args.optional(weights.map(|w| w.d_weights)), x.rows());
+        // SAFETY: the kernel's parameters: (rows, cols) all, weights (rows), outputs apart from everything else.
+        unsafe { self.launch_by_rows(&name, x, args.size(rows).size(cols)) }
+    }
+
+    fn swiglu_backward_weighted(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        d_gate: &Tensor,
+        d_up: &Tensor,
+        act: &Tensor,
+    ) -> Result<()> {
+        let op = "swiglu_backward_weighted";
+        self.weighted(op, &[gate, up, dy], weights, &[d_gate, d_up, act])?;
+        let name = format!("weighted_swiglu_backward_{}", self.suffix(op, gate)?);
+        let args = Args::new().tensor(gate).tensor(up).tensor(dy).optional(weights.map(|w| w.weights));
+        let args = args.tensor(d_gate).tensor(d_up).tensor(act).optional(weights.map(|w| w.d_weights));
+        let (rows, cols) = gate.rows();
+        // SAFETY: as above.
+        unsafe { self.launch_by_rows(&name, gate, args.size(rows).size(cols)) }
+    }
 }
 
 fn stem(form: Gelu) -> &'static str {
@@ -68,6 +108,20 @@ fn stem(form: Gelu) -> &'static str {
 }
 
 impl Cuda {
+    /// The checks of the weighted backwards.
+    fn weighted(
+        &self,
+        op: &str,
+        inputs: &[&Tensor],
+        weights: Option<RowWeights<'_>>,
+        outputs: &[&Tensor],
+    ) -> Result<()> {
+        check::weighted(op, inputs, weights, outputs)?;
+        self.row_major(op, inputs)?;
+        self.row_major(op, outputs)?;
+        weights.map_or(Ok(()), |w| self.row_major(op, &[w.weights, w.d_weights]))
+    }
+
     /// The row strides of matrices of `like`'s shape and dtype, `like` itself being contiguous.
     fn strided<const N: usize>(&self, op: &str, like: &Tensor, others: [&Tensor; N]) -> Result<[usize; N]> {
         self.row_major(op, &[like])?;

@@ -203,7 +203,7 @@ impl Cuda {
     ///
     /// # Safety
     /// As [`Cuda::launch`].
-    unsafe fn launch_by_rows(&self, name: &str, like: &Tensor, args: Args) -> Result<()> {
+    pub(super) unsafe fn launch_by_rows(&self, name: &str, like: &Tensor, args: Args) -> Result<()> {
         let (rows, cols) = like.rows();
         if rows == 0 || cols == 0 {
             return Ok(());

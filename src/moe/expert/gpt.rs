@@ -9,17 +9,15 @@ use crate::tensor::{DType, Tensor};
 /// `y = gelu(x·w1ᵀ)·w2ᵀ` for every expert; no biases (Radford et al. 2019, sparse as in GShard).
 pub struct GptFfn {
     gelu: Gelu,
+    recompute: bool,
     /// (E, H, M).
     w1: Parameter,
     /// (E, M, H).
     w2: Parameter,
 }
 
-/// What a forward keeps.
-struct Hidden {
-    /// (R, H): x·w1ᵀ.
-    pre: Tensor,
-}
+/// What a forward keeps: (R, H), x·w1ᵀ; nothing where it is to be computed again.
+struct Hidden(Option<Tensor>);
 
 /// What the data gradient leaves for the weights'.
 struct HiddenGrad {
@@ -39,6 +37,7 @@ impl GptFfn {
         let output_std = config.output_std.unwrap_or(config.init_std);
         Ok(GptFfn {
             gelu: config.gelu,
+            recompute: config.recompute,
             w1: init.normal("w1", [e, h, m], config.init_std, ReduceGroup::Expert)?,
             w2: init.normal("w2", [e, m, h], output_std, ReduceGroup::Expert)?,
         })
@@ -54,12 +53,19 @@ impl GptFfn {
         dy: &Tensor,
         weights: Option<RowWeights<'_>>,
     ) -> Result<(Tensor, Saved)> {
-        let Hidden { pre } = saved(state)?;
-        let (segments, w2) = (rows.split.segments(), self.w2.value());
-        let (d_pre, act) = (lane.empty_like(pre)?, lane.empty_like(pre)?);
-        lane.grouped_gelu_backward(self.gelu, segments, dy, w2, pre, weights, &d_pre, &act)?;
+        let (segments, w1, w2) = (rows.split.segments(), self.w1.value(), self.w2.value());
+        let pre = match saved(state)? {
+            Hidden(Some(pre)) => pre.clone(),
+            Hidden(None) => {
+                let pre = lane.empty([rows.data.dim(0), w1.dim(1)], rows.data.dtype())?;
+                lane.grouped_linear(segments, &rows.data, w1, &pre)?;
+                pre
+            }
+        };
+        let (d_pre, act) = (lane.empty_like(&pre)?, lane.empty_like(&pre)?);
+        lane.grouped_gelu_backward(self.gelu, segments, dy, w2, &pre, weights, &d_pre, &act)?;
         let d_rows = lane.empty_like(&rows.data)?;
-        lane.grouped_linear_data(segments, &[(&d_pre, self.w1.value())], &d_rows)?;
+        lane.grouped_linear_data(segments, &[(&d_pre, w1)], &d_rows)?;
         Ok((d_rows, Box::new(HiddenGrad { d_pre, act })))
     }
 }
@@ -79,7 +85,7 @@ impl Expert for GptFfn {
         let (act, y) = (lane.empty_like(&pre)?, lane.empty_like(&rows.data)?);
         lane.grouped_gelu(self.gelu, segments, &rows.data, w1, &pre, &act)?;
         lane.grouped_linear(segments, &act, self.w2.value(), &y)?;
-        Ok((y, Box::new(Hidden { pre })))
+        Ok((y, Box::new(Hidden((!self.recompute).then_some(pre)))))
     }
 
     fn backward_data(&self, lane: &Lane, rows: &Rows, state: &Saved, d_out: &Tensor) -> Result<(Tensor, Saved)> {

@@ -8,6 +8,7 @@ use crate::tensor::{DType, Tensor};
 
 /// `y = (silu(x·w1ᵀ) · x·w3ᵀ)·w2ᵀ` for every expert (Jiang et al. 2024; SwiGLU: Shazeer 2020).
 pub struct MixtralFfn {
+    recompute: bool,
     /// (E, H, M): the gate projection.
     w1: Parameter,
     /// (E, M, H): the down projection.
@@ -16,13 +17,8 @@ pub struct MixtralFfn {
     w3: Parameter,
 }
 
-/// What a forward keeps.
-struct Hidden {
-    /// (R, H): x·w1ᵀ.
-    gate: Tensor,
-    /// (R, H): x·w3ᵀ.
-    up: Tensor,
-}
+/// What a forward keeps: (R, H), x·w1ᵀ and x·w3ᵀ; nothing where they are to be computed again.
+struct Hidden(Option<[Tensor; 2]>);
 
 /// What the data gradient leaves for the weights'.
 struct HiddenGrad {
@@ -43,6 +39,7 @@ impl MixtralFfn {
         let (e, m, h) = (config.experts, config.hidden, config.ffn);
         let output_std = config.output_std.unwrap_or(config.init_std);
         Ok(MixtralFfn {
+            recompute: config.recompute,
             w1: init.normal("w1", [e, h, m], config.init_std, ReduceGroup::Expert)?,
             w2: init.normal("w2", [e, m, h], output_std, ReduceGroup::Expert)?,
             w3: init.normal("w3", [e, h, m], config.init_std, ReduceGroup::Expert)?,
@@ -59,10 +56,19 @@ impl MixtralFfn {
         dy: &Tensor,
         weights: Option<RowWeights<'_>>,
     ) -> Result<(Tensor, Saved)> {
-        let Hidden { gate, up } = saved(state)?;
         let (segments, w2) = (rows.split.segments(), self.w2.value());
-        let (d_gate, d_up, act) = (lane.empty_like(gate)?, lane.empty_like(gate)?, lane.empty_like(gate)?);
-        lane.grouped_swiglu_backward(segments, dy, w2, gate, up, weights, &d_gate, &d_up, &act)?;
+        let [gate, up] = match saved(state)? {
+            Hidden(Some(hidden)) => hidden.clone(),
+            Hidden(None) => {
+                let gate = lane.empty([rows.data.dim(0), self.w1.value().dim(1)], rows.data.dtype())?;
+                let up = lane.empty_like(&gate)?;
+                lane.grouped_linear(segments, &rows.data, self.w1.value(), &gate)?;
+                lane.grouped_linear(segments, &rows.data, self.w3.value(), &up)?;
+                [gate, up]
+            }
+        };
+        let (d_gate, d_up, act) = (lane.empty_like(&gate)?, lane.empty_like(&gate)?, lane.empty_like(&gate)?);
+        lane.grouped_swiglu_backward(segments, dy, w2, &gate, &up, weights, &d_gate, &d_up, &act)?;
         let d_rows = lane.empty_like(&rows.data)?;
         lane.grouped_linear_data(segments, &[(&d_gate, self.w1.value()), (&d_up, self.w3.value())], &d_rows)?;
         Ok((d_rows, Box::new(HiddenGrad { d_gate, d_up, act })))
@@ -84,7 +90,7 @@ impl Expert for MixtralFfn {
         let (up, act, y) = (lane.empty_like(&gate)?, lane.empty_like(&gate)?, lane.empty_like(&rows.data)?);
         lane.grouped_swiglu(segments, &rows.data, w1, self.w3.value(), &gate, &up, &act)?;
         lane.grouped_linear(segments, &act, self.w2.value(), &y)?;
-        Ok((y, Box::new(Hidden { gate, up })))
+        Ok((y, Box::new(Hidden((!self.recompute).then_some([gate, up])))))
     }
 
     fn backward_data(&self, lane: &Lane, rows: &Rows, state: &Saved, d_out: &Tensor) -> Result<(Tensor, Saved)> {

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "clippy takes helpers of tests for code that is shipped")]
 
 mod support;
+mod weighted;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
