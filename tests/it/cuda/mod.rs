@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "clippy takes helpers of tests for code that is shipped")]
 
+mod layer;
 mod support;
 mod weighted;
 
