@@ -115,6 +115,9 @@ impl Cuda {
     pub(super) fn copy_from_host(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
         self.transferable("upload", src, dst)?;
         self.on_device("upload", &[dst])?;
+        if dst.elements() == 0 {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: a contiguous host tensor of bytes that any pattern is valid for; the copy from pageable memory has
         // read them when the call returns.
@@ -129,6 +132,9 @@ impl Cuda {
     pub(super) fn copy_to_host(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
         self.transferable("download", src, dst)?;
         self.on_device("download", &[src])?;
+        if dst.elements() == 0 {
+            return Ok(());
+        }
         self.bind()?;
         let length = dst.elements() * dst.dtype().size();
         // SAFETY: as in `copy_from_host`; nothing else uses dst while it is written, and the stream is waited for.
