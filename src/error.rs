@@ -30,6 +30,9 @@ pub enum Error {
     /// A device that is missing, or an operation on it that failed.
     #[error("{0}")]
     Device(String),
+    /// A collective that did not come about: which, in which group, and which rank failed or never came.
+    #[error("{0}")]
+    Comm(String),
     /// A value that is not finite, with where it first appeared.
     #[error("{0}")]
     Numeric(String),
