@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`tensor`] | `DType`, `Shape`, `Layout`, `Storage`, `Tensor`; no arithmetic |
 //! | [`device`] | lanes, the [`Kernels`](device::Kernels) traits (every primitive operation), and what implements them: [`cpu`](device::cpu), the specification, and [`cuda`](device::cuda), the only place that names the CUDA driver |
+//! | [`engine`] | `TaskGraph`, its executors (threads, a device's queues, the simulator), `Timeline`; knows nothing of MoE |
 //! | [`autograd`] | the tape, `Var`, parameters, and the differentiable operations over `Kernels` |
 //! | [`moe`] | the MoE layer: [`gate`](moe::gate), [`order`](moe::order), [`expert`](moe::expert), hooks, routing, and the layer that runs them |
 //! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |
@@ -49,6 +50,7 @@
 
 pub mod autograd;
 pub mod device;
+pub mod engine;
 mod error;
 pub mod fsio;
 pub mod model;
