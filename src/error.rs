@@ -36,6 +36,20 @@ pub enum Error {
     /// A value that is not finite, with where it first appeared.
     #[error("{0}")]
     Numeric(String),
+    /// A task of a graph that failed.
+    #[error("task {task}: {source}")]
+    Task {
+        /// The task's name.
+        task: String,
+        /// Why it failed.
+        source: Box<Error>,
+    },
+    /// Code that panicked where a panic must not spread; its message.
+    #[error("panicked: {0}")]
+    Panicked(String),
+    /// Work given up because something else failed: another lane, another rank. Says what.
+    #[error("cancelled: {0}")]
+    Cancelled(String),
     /// The user asked to stop; what had to be saved is saved.
     #[error("interrupted")]
     Interrupted,
