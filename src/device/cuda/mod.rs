@@ -13,13 +13,16 @@ mod args;
 mod backend;
 mod blas;
 mod expert;
+mod gate;
 mod gemm;
 mod math;
 mod memory;
 mod modules;
+mod order;
 mod pool;
 pub mod probe;
 mod selftest;
+mod sort;
 mod walk;
 
 pub use backend::Cuda;
