@@ -12,15 +12,18 @@ use cudarc::driver::{CudaContext, DriverError, sys};
 mod args;
 mod backend;
 mod blas;
+mod event;
 mod expert;
 mod gate;
 mod gemm;
+mod graph;
 mod math;
 mod memory;
 mod modules;
 mod order;
 mod pool;
 pub mod probe;
+mod range;
 mod selftest;
 mod sort;
 mod walk;
@@ -28,8 +31,11 @@ mod walk;
 pub use backend::Cuda;
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
+pub use event::Event;
+pub use graph::Graph;
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
 pub use pool::Usage;
+pub use range::{Range, range};
 pub use selftest::selftest;
 
 /// What can go wrong on a GPU; every variant says what was being done.
