@@ -55,9 +55,9 @@ pub struct GateContext<'a> {
     pub groups: usize,
     /// Rows per expert and group.
     pub capacity: Capacity,
-    /// Whether the order lays out as many rows for every expert. If not, a capacity that drops nothing need be no more
-    /// than a bound, the group's tokens, which takes no look at the loads.
-    pub padded: bool,
+    /// With `*`: whether [`Routing::capacity`] must be the largest load, which takes a read from the device. Otherwise a
+    /// bound on it, T/G, may stand in.
+    pub exact_capacity: bool,
     /// The step.
     pub step: StepContext,
 }
@@ -169,6 +169,12 @@ pub trait Order: Send + Sync {
     /// Its name, as the command line has it.
     fn name(&self) -> &str;
 
+    /// Whether every expert's rows are padded to the capacity. If not, a capacity that drops nothing need not be exact
+    /// (see [`GateContext::exact_capacity`]).
+    fn pads(&self) -> bool {
+        true
+    }
+
     /// The expert rows of x: (T, M). An empty slot is a row of zeros.
     ///
     /// # Errors
@@ -207,11 +213,6 @@ pub trait Order: Send + Sync {
         rows: &Tensor,
         dy: &Tensor,
     ) -> Result<(Tensor, Tensor)>;
-
-    /// Whether C rows are laid out for every expert, so that dropping nothing takes knowing the largest load.
-    fn is_padded(&self) -> bool {
-        true
-    }
 
     /// This order as one whose combine is a weighted sum of rows, if it is.
     fn sparse(&self) -> Option<&dyn SparseOrder> {

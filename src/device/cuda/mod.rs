@@ -14,15 +14,18 @@ mod backend;
 mod blas;
 mod event;
 mod expert;
+mod gate;
 mod gemm;
 mod graph;
 mod math;
 mod memory;
 mod modules;
+mod order;
 mod pool;
 pub mod probe;
 mod range;
 mod selftest;
+mod sort;
 mod walk;
 
 pub use backend::Cuda;

@@ -2,8 +2,8 @@
 //! begin is all that the padded and the ragged layout differ in.
 
 use super::{refuse_dense, starts, weights};
-use crate::device::Lane;
-use crate::error::Result;
+use crate::device::{Lane, RowIndex, block_rows};
+use crate::error::{Result, shape_err};
 use crate::moe::{Assignment, Routing};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -32,21 +32,25 @@ impl Index {
     ) -> Result<Index> {
         match &routing.assignment {
             Assignment::TokenChoice { experts, slots, .. } => {
-                let index = lane.empty(*experts.shape(), DType::I32)?;
+                let (index, out) = Self::tensors(lane, experts, rows)?;
                 lane.row_index(experts, slots, &starts(lane, routing, start)?, &index)?;
-                let (row_weight, row_token) = (lane.empty([rows], DType::I32)?, lane.empty([rows], DType::I32)?);
-                lane.invert_index(&index, &row_weight, &row_token)?;
-                Ok(Index { rows: index.reshape([index.elements()])?, offsets: None, row_token, row_weight, end: None })
+                lane.invert_index(&index, &out.row_weight, &out.row_token)?;
+                Ok(out)
             }
-            Assignment::ExpertChoice { tokens, .. } => {
-                // Every slot is taken, so both layouts are the routing's own.
-                let row_token = tokens.reshape([rows])?;
-                let (list, offsets) = (lane.empty([rows], DType::I32)?, lane.empty([routing.tokens + 1], DType::I32)?);
-                lane.rows_by_token(&row_token, &offsets, &list)?;
-                let identity: Vec<i32> = (0..rows as i32).collect();
-                let row_weight = lane.to_device(&Tensor::from_slice(&identity, [rows])?)?;
-                Ok(Index { rows: list, offsets: Some(offsets), row_token, row_weight, end: None })
+            Assignment::ExpertChoice { .. } => Self::of_expert_choice(lane, routing),
+            Assignment::Dense { .. } => refuse_dense(order),
+        }
+    }
+
+    /// The index of the padded layout (E, G·C).
+    pub(super) fn padded(order: &str, lane: &Lane, routing: &Routing) -> Result<Index> {
+        match &routing.assignment {
+            Assignment::TokenChoice { experts, slots, .. } => {
+                let (index, out) = Self::tensors(lane, experts, routing.padded_rows())?;
+                lane.padded_index(experts, slots, &routing.loads, routing.capacity, out.kernels(&index))?;
+                Ok(out)
             }
+            Assignment::ExpertChoice { .. } => Self::of_expert_choice(lane, routing),
             Assignment::Dense { .. } => refuse_dense(order),
         }
     }
@@ -60,30 +64,51 @@ impl Index {
         slots: &Tensor,
         block: usize,
     ) -> Result<(Index, Tensor)> {
-        let most = routing.padded_rows().min(experts.elements());
-        let rows = (most + routing.experts * (block - 1)) / block * block;
-        let int = |shape: &[usize]| lane.empty(shape, DType::I32);
-        let offsets = int(&[routing.experts + 1])?;
-        let (index, row_weight, row_token) = (int(experts.shape().dims())?, int(&[rows])?, int(&[rows])?);
-        lane.block_index(
-            experts,
-            slots,
-            &routing.loads,
-            routing.capacity,
-            block,
-            &offsets,
-            &index,
-            &row_weight,
-            &row_token,
-        )?;
-        let end = Some(offsets.narrow(0, routing.experts, 1)?);
-        Ok((Index { rows: index.reshape([index.elements()])?, offsets: None, row_token, row_weight, end }, offsets))
+        let (index, mut out) = Self::tensors(lane, experts, block_rows(experts.elements(), routing.experts, block))?;
+        let offsets = lane.empty([routing.experts + 1], DType::I32)?;
+        let starts = lane.empty_like(&routing.loads)?;
+        let (loads, capacity) = (&routing.loads, routing.capacity);
+        lane.block_index(experts, slots, loads, capacity, block, &offsets, &starts, out.kernels(&index))?;
+        out.end = Some(offsets.narrow(0, routing.experts, 1)?);
+        Ok((out, offsets))
+    }
+
+    /// Room for the index of a token choice, (T, k) as the kernels write it and as one list, and for its inverse.
+    fn tensors(lane: &Lane, experts: &Tensor, rows: usize) -> Result<(Tensor, Index)> {
+        let index = lane.empty_like(experts)?;
+        let (row_token, row_weight) = (lane.empty([rows], DType::I32)?, lane.empty([rows], DType::I32)?);
+        let list = index.reshape([index.elements()])?;
+        Ok((index, Index { rows: list, offsets: None, row_token, row_weight, end: None }))
+    }
+
+    fn kernels<'a>(&'a self, index: &'a Tensor) -> RowIndex<'a> {
+        RowIndex { index, row_token: &self.row_token, row_weight: &self.row_weight }
+    }
+
+    /// Every slot is taken, so the padded and the ragged layout are both the routing's own.
+    fn of_expert_choice(lane: &Lane, routing: &Routing) -> Result<Index> {
+        let Assignment::ExpertChoice { tokens, .. } = &routing.assignment else {
+            shape_err!("an index of an expert choice of a routing that is none")
+        };
+        let rows = tokens.elements();
+        let row_token = tokens.reshape([rows])?;
+        let (list, offsets) = (lane.empty([rows], DType::I32)?, lane.empty([routing.tokens + 1], DType::I32)?);
+        lane.rows_by_token(&row_token, &offsets, &list)?;
+        let row_weight = lane.empty([rows], DType::I32)?;
+        lane.iota(&row_weight)?;
+        Ok(Index { rows: list, offsets: Some(offsets), row_token, row_weight, end: None })
     }
 
     /// (R, M): the tokens x in their rows, zeros in empty slots.
     pub(super) fn dispatch(&self, lane: &Lane, x: &Tensor) -> Result<Tensor> {
         let rows = lane.empty([self.row_token.elements(), x.dim(1)], x.dtype())?;
-        lane.gather_rows_until(x, &self.row_token, self.end.as_ref(), &rows)?;
+        match self.offsets {
+            Some(_) => lane.gather_rows(x, &self.row_token, &rows)?,
+            None => {
+                let index = self.rows.reshape([x.dim(0), self.rows.elements() / x.dim(0).max(1)])?;
+                lane.dispatch_rows(x, &index, &self.row_token, self.end.as_ref(), &rows)?;
+            }
+        }
         Ok(rows)
     }
 
@@ -147,8 +172,7 @@ impl Index {
 
 /// `out[i] = values[index[i]]`, 0 where the index is −1; values of any shape, taken as a list.
 fn gather(lane: &Lane, values: &Tensor, index: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
-    let n = index.elements();
-    let out = lane.empty([n, 1], values.dtype())?;
-    lane.gather_rows(&values.reshape([values.elements(), 1])?, index, &out)?;
+    let out = lane.empty([index.elements()], values.dtype())?;
+    lane.gather_scalars(&values.reshape([values.elements()])?, index, &out)?;
     out.reshape(shape)
 }

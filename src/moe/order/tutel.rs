@@ -1,7 +1,7 @@
 //! Tutel's sparse order.
 
 use super::index::Index;
-use super::{check_tokens, padded, padded_start};
+use super::{check_tokens, padded};
 use crate::device::Lane;
 use crate::error::Result;
 use crate::moe::{Order, Routing, Rows, Saved, SparseOrder, saved};
@@ -19,8 +19,7 @@ impl Order for Tutel {
 
     fn dispatch(&self, lane: &Lane, routing: &Routing, x: &Tensor) -> Result<(Rows, Saved)> {
         check_tokens(self.name(), routing, x)?;
-        let start = |g, e| padded_start(routing, g, e);
-        let index = Index::new(self.name(), lane, routing, routing.padded_rows(), start)?;
+        let index = Index::padded(self.name(), lane, routing)?;
         Ok((Rows { data: index.dispatch(lane, x)?, split: padded(routing) }, Box::new(index)))
     }
 
