@@ -12,18 +12,13 @@
 // every row of every tensor starts on a 16-byte boundary they are moved in 16-byte vectors. No output may overlap another
 // tensor's elements (the halves of one buffer do not).
 
-#include "common/math.cuh"
 #include "common/vector.cuh"
+#include "expert/activation.cuh"
 
 namespace fsmoe {
 
 // ----------------------------------------------------------------------------
 // Forward
-
-template <typename T>
-__device__ __forceinline__ float swiglu_value(float gate, float up) {
-  return gate * sigmoid<T>(gate) * up;
-}
 
 template <int N, typename T>
 __device__ __forceinline__ void swiglu_forward_in(const T* __restrict__ gate, index_t gate_stride,
@@ -57,17 +52,7 @@ __device__ __forceinline__ void swiglu_forward(const T* gate, index_t gate_strid
 }
 
 // ----------------------------------------------------------------------------
-// Backward, with s = sigmoid(gate): dup = dout * gate * s, dgate = dout * up * s * (1 + gate * (1 - s))
-
-struct GateUp {
-  float gate, up;
-};
-
-template <typename T>
-__device__ __forceinline__ GateUp swiglu_gradient(float dout, float gate, float up) {
-  const float s = sigmoid<T>(gate);
-  return {dout * up * s * (1.0f + gate * (1.0f - s)), dout * gate * s};
-}
+// Backward
 
 template <int N, typename T>
 __device__ __forceinline__ void swiglu_backward_in(const T* __restrict__ dout, index_t dout_stride,

@@ -1,5 +1,6 @@
 //! Devices, the lanes that work is issued on, and the primitive operations.
 
+mod check;
 pub mod cpu;
 pub mod cuda;
 mod kernels;

@@ -3,6 +3,7 @@
 use super::Cpu;
 use super::math::{PIECE, apart, same};
 use super::util::{Num, Real, distinct, float_type, for_rows, in_place, input, on_host, output};
+use crate::device::check::{side_by_side, strided_rows};
 use crate::device::{ExpertKernels, Gelu};
 use crate::error::{Result, shape_err};
 use crate::tensor::{Element, Tensor};
@@ -44,7 +45,8 @@ impl ExpertKernels for Cpu {
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor, y: &Tensor) -> Result<()> {
-        check_rows("swiglu", y, &[gate, up])?;
+        strided_rows("swiglu", y, &[gate, up])?;
+        on_host("swiglu", &[gate, up])?;
         let width = y.rows().1;
         float_type!("swiglu", y.dtype(), T => {
             let (gate, up) = (Strided::<T>::new(gate), Strided::<T>::new(up));
@@ -59,7 +61,8 @@ impl ExpertKernels for Cpu {
     }
 
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, d_gate: &Tensor, d_up: &Tensor) -> Result<()> {
-        check_rows("swiglu_backward", dy, &[gate, up, d_gate, d_up])?;
+        strided_rows("swiglu_backward", dy, &[gate, up, d_gate, d_up])?;
+        on_host("swiglu_backward", &[gate, up, d_gate, d_up])?;
         let (rows, width) = dy.rows();
         for out in [d_gate, d_up] {
             distinct("swiglu_backward", out)?;
@@ -116,17 +119,6 @@ fn tanh_slope<A: Real>(x: A) -> A {
     cdf + x * A::of(2.0) * cdf * (A::one() - cdf) * du
 }
 
-/// Whether two matrices are different columns of one wider buffer.
-fn side_by_side(a: &Tensor, b: &Tensor) -> bool {
-    let between = (a.ptr() as usize).abs_diff(b.ptr() as usize) / a.dtype().size();
-    match (a.layout().strides(), a.dim(1)) {
-        (&[stride, _], width) => {
-            a.layout().strides() == b.layout().strides() && width <= between && between + width <= stride
-        }
-        _ => false,
-    }
-}
-
 /// A matrix whose rows are contiguous, with a stride between them.
 struct Strided<T> {
     at: *mut T,
@@ -158,18 +150,6 @@ impl<T: Element> Strided<T> {
         // SAFETY: inside the tensor; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(r * self.stride), self.width) }
     }
-}
-
-/// Fails unless the tensors are rows of `like`'s shape and dtype: contiguous, or (R, H) with unit stride inside a row.
-fn check_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
-    same(op, like, others)?;
-    on_host(op, others)?;
-    for t in others {
-        if !t.is_contiguous() && (t.rank() != 2 || t.layout().strides()[1] != 1 || t.layout().strides()[0] < t.dim(1)) {
-            shape_err!("{op}: strides {:?} of {}: rows must be contiguous", t.layout().strides(), t.shape());
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

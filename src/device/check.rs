@@ -1,0 +1,141 @@
+//! What operations demand of their arguments, the same on every backend: errors name the operation, the value and the rule.
+
+use crate::error::{Result, shape_err};
+use crate::tensor::{DType, Tensor};
+
+/// Fails unless `t` has this shape and dtype.
+pub(super) fn expect(op: &str, what: &str, t: &Tensor, shape: &[usize], dtype: DType) -> Result<()> {
+    if t.shape().dims() != shape || t.dtype() != dtype {
+        shape_err!(
+            "{op}: {what} is {} {}, expected {dtype} {}",
+            t.dtype(),
+            t.shape(),
+            crate::tensor::Shape::new(shape)
+        );
+    }
+    Ok(())
+}
+
+/// Fails unless the tensors have `first`'s shape and dtype.
+pub(super) fn same(op: &str, first: &Tensor, others: &[&Tensor]) -> Result<()> {
+    others.iter().try_for_each(|t| expect(op, "a tensor", t, first.shape(), first.dtype()))
+}
+
+/// Fails unless `out` has x's type or the one it accumulates in.
+pub(super) fn same_or_acc(op: &str, x: &Tensor, out: &Tensor) -> Result<()> {
+    let own = x.dtype();
+    if out.dtype() != own && out.dtype() != own.accumulate() {
+        shape_err!("{op}: {own} into {}: the output has the input's type, or {}", out.dtype(), own.accumulate());
+    }
+    Ok(())
+}
+
+/// The two dimensions of a matrix.
+pub(super) fn matrix(op: &str, what: &str, t: &Tensor) -> Result<(usize, usize)> {
+    match *t.shape().dims() {
+        [rows, cols] => Ok((rows, cols)),
+        _ => shape_err!("{op}: {what} has shape {}, expected two dimensions", t.shape()),
+    }
+}
+
+/// Fails if an output shares memory with an input.
+pub(super) fn apart(op: &str, input: &Tensor, out: &Tensor) -> Result<()> {
+    if input.overlaps(out) {
+        shape_err!("{op}: the output shares memory with an input of shape {}", input.shape());
+    }
+    Ok(())
+}
+
+/// Whether `out` is `a` itself; fails where it is another view of a's memory, which no order of writes makes right.
+pub(super) fn in_place(op: &str, a: &Tensor, out: &Tensor) -> Result<bool> {
+    let same = a.ptr() == out.ptr() && a.shape() == out.shape() && a.is_contiguous() && out.is_contiguous();
+    if !same && a.overlaps(out) {
+        shape_err!("{op}: the output shares memory with an input of shape {} without being that input", a.shape());
+    }
+    Ok(same)
+}
+
+/// Fails where two indices of an output name one element: threads would write it at once.
+pub(super) fn distinct(op: &str, out: &Tensor) -> Result<()> {
+    let mut dims: Vec<(usize, usize)> =
+        out.layout().strides().iter().copied().zip(out.shape().iter().copied()).filter(|d| d.1 > 1).collect();
+    dims.sort_unstable();
+    let mut reach = 1;
+    for (stride, size) in dims {
+        if stride < reach && out.elements() > 0 {
+            shape_err!("{op}: output {} has strides {:?}: its elements overlap", out.shape(), out.layout().strides());
+        }
+        reach += stride * (size - 1);
+    }
+    Ok(())
+}
+
+/// Fails unless the tensors are rows of `like`'s shape and dtype: contiguous, or (R, H) with unit stride inside a row.
+pub(super) fn strided_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
+    same(op, like, others)?;
+    for t in others {
+        if !t.is_contiguous() && (t.rank() != 2 || t.layout().strides()[1] != 1 || t.layout().strides()[0] < t.dim(1)) {
+            shape_err!("{op}: strides {:?} of {}: rows must be contiguous", t.layout().strides(), t.shape());
+        }
+    }
+    Ok(())
+}
+
+/// Whether two matrices are different columns of one wider buffer.
+pub(super) fn side_by_side(a: &Tensor, b: &Tensor) -> bool {
+    let between = (a.ptr() as usize).abs_diff(b.ptr() as usize) / a.dtype().size();
+    match (a.layout().strides(), a.dim(1)) {
+        (&[stride, _], width) => {
+            a.layout().strides() == b.layout().strides() && width <= between && between + width <= stride
+        }
+        _ => false,
+    }
+}
+
+/// The shapes and types of [`add`](super::MathKernels::add) and its like: b has the first operand's shape or its last
+/// dimensions.
+pub(super) fn binary(op: &str, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
+    if !a.shape().ends_with(b.shape()) || a.shape() != out.shape() || a.dtype() != b.dtype() || a.dtype() != out.dtype()
+    {
+        shape_err!("{op}: {a:?} and {b:?} into {out:?}: the second has the first's shape or its last dimensions");
+    }
+    Ok(())
+}
+
+/// The sizes (m, k, n) of [`gemm`](super::MathKernels::gemm).
+pub(super) fn gemm(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<[usize; 3]> {
+    let wrong = |why: &str| -> Result<[usize; 3]> {
+        shape_err!(
+            "gemm: {} {} by {} {} into {} {}: {why}",
+            a.dtype(),
+            a.shape(),
+            b.dtype(),
+            b.shape(),
+            c.dtype(),
+            c.shape()
+        )
+    };
+    distinct("gemm", c)?;
+    if a.rank() < 2 || b.rank() < 2 || c.rank() < 2 {
+        return wrong("each needs two dimensions or more");
+    }
+    let tail = |t: &Tensor| (t.dim(t.rank() - 2), t.dim(t.rank() - 1));
+    let ((m, k), (k2, n)) = (tail(a), tail(b));
+    if k != k2 || tail(c) != (m, n) {
+        return wrong("(m, k) by (k, n) gives (m, n)");
+    }
+    let lead = |t: &Tensor| t.shape()[..t.rank() - 2].to_vec();
+    if [a, b].iter().any(|t| t.rank() > 2 && lead(t) != lead(c)) {
+        return wrong("leading dimensions are the result's, or absent");
+    }
+    if a.dtype() != b.dtype()
+        || !a.dtype().is_float()
+        || (c.dtype() != a.dtype() && c.dtype() != a.dtype().accumulate())
+    {
+        return wrong("operands share a float type; the result has it, or the type it accumulates in");
+    }
+    if c.overlaps(a) || c.overlaps(b) {
+        return wrong("the result shares memory with an operand");
+    }
+    Ok([m, k, n])
+}
