@@ -57,6 +57,32 @@ __device__ __forceinline__ void store(T* to, const Lanes<N>& lanes) {
   }
 }
 
+// As `load` and `store`, one element at a time unless `aligned`: what sums must take the same elements in the same order
+// wherever they lie.
+template <int N, typename T>
+__device__ __forceinline__ Lanes<N> load_either(const T* from, bool aligned) {
+  if (aligned) return load<N>(from);
+  Lanes<N> lanes;
+#pragma unroll
+  for (int i = 0; i < N; ++i) lanes[i] = to_f32(from[i]);
+  return lanes;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store_either(T* to, const Lanes<N>& lanes, bool aligned) {
+  if (aligned) {
+    store<N>(to, lanes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = from_f32<T>(lanes[i]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
 // Whether every row of a matrix starts on a 16-byte boundary.
 template <typename T>
 __device__ __forceinline__ bool rows_are_aligned(const T* data, index_t stride) {

@@ -3,23 +3,25 @@
 //! - [`probe`](mod@probe) says what is there, and never fails;
 //! - [`open`] opens a GPU;
 //! - [`Modules`] loads the embedded kernels onto it;
-//! - [`Activations`] launches GELU and SwiGLU.
+//! - [`Cuda`] is a lane, which runs the operations of [`Kernels`](crate::device::Kernels), one family a file.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, DriverError, sys};
 
-mod activations;
 mod args;
 mod backend;
 mod blas;
+mod expert;
+mod gemm;
+mod math;
 mod memory;
 mod modules;
 mod pool;
 pub mod probe;
 mod selftest;
+mod walk;
 
-pub use activations::{Activations, Element, GateUp, GateUpMut, Matrix, MatrixMut};
 pub use backend::Cuda;
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
