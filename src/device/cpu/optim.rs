@@ -2,9 +2,9 @@
 
 use super::Cpu;
 use super::math::{PIECE, same};
-use super::util::{Num, Real, acc_type, expect, float_type, input, output};
-use crate::device::{AdamW, OptimKernels};
-use crate::error::{Result, shape_err};
+use super::util::{Num, Real, acc_type, float_type, input, output};
+use crate::device::{AdamW, OptimKernels, check};
+use crate::error::Result;
 use crate::tensor::Tensor;
 use rayon::prelude::*;
 
@@ -18,23 +18,14 @@ impl OptimKernels for Cpu {
         v: &Tensor,
         grad: &Tensor,
     ) -> Result<()> {
-        same("adamw", weight, &[m, v])?;
-        expect("adamw", "grad_scale", grad_scale, &[1], weight.dtype())?;
-        if grad.shape() != weight.shape() {
-            shape_err!("adamw: a gradient of {} for a weight of {}", grad.shape(), weight.shape());
-        }
-        if settings.step == 0 {
-            shape_err!("adamw: step 0: steps count from 1");
-        }
+        check::adamw(settings, grad_scale, weight, m, v, grad)?;
         acc_type!("adamw", weight.dtype(), A => float_type!("adamw", grad.dtype(), G => {
-            let s = settings;
             let scale = input::<A>(grad_scale)?[0];
-            let (beta1, beta2, eps) = (s.beta1 as A, s.beta2 as A, s.eps as A);
-            // In f64: 1 − β₂ and 1 − β₂ᵗ lose digits in f32.
-            let (new1, new2) = ((1.0 - s.beta1) as A, (1.0 - s.beta2) as A);
-            let rate = (s.lr / (1.0 - s.beta1.powf(s.step as f64))) as A;
-            let root = (1.0 / (1.0 - s.beta2.powf(s.step as f64))).sqrt() as A;
-            let keep = (1.0 - s.lr * s.weight_decay) as A;
+            if scale == 0.0 {
+                return Ok(());
+            }
+            let [beta1, new1, beta2, new2, eps, rate, root, _] = settings.scalars().map(|v| v as A);
+            let keep = (1.0 - settings.lr * settings.weight_decay) as A;
             let (weight, m, v) = (output::<A>(weight)?, output::<A>(m)?, output::<A>(v)?);
             let pieces = weight.par_chunks_mut(PIECE).zip(m.par_chunks_mut(PIECE)).zip(v.par_chunks_mut(PIECE));
             pieces.zip(input::<G>(grad)?.par_chunks(PIECE)).with_min_len(8).for_each(|(((w, m), v), g)| {

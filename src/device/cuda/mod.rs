@@ -10,13 +10,16 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, DriverError, sys};
 
 mod args;
+mod attention;
 mod backend;
 mod blas;
 mod expert;
 mod gemm;
 mod math;
 mod memory;
+mod model;
 mod modules;
+mod optim;
 mod pool;
 pub mod probe;
 mod selftest;

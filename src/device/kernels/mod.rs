@@ -26,7 +26,7 @@ pub use gate::{ExpertGroups, GateKernels};
 pub use math::MathKernels;
 pub use memory::MemoryKernels;
 pub use model::{AttentionShape, ModelKernels, Rope};
-pub use optim::{AdamW, OptimKernels};
+pub use optim::{AdamW, AdamWItem, OptimKernels};
 pub use order::OrderKernels;
 
 /// All primitive operations of a backend.
