@@ -1,10 +1,12 @@
 //! Devices, the lanes that work is issued on, and the primitive operations.
 
 mod check;
+mod choice;
 pub mod cpu;
 pub mod cuda;
 mod kernels;
 
+pub use choice::DeviceChoice;
 pub use kernels::*;
 
 use crate::error::Result;

@@ -2,6 +2,8 @@
 
 pub(super) use crate::device::check::{distinct, expect, in_place, matrix};
 use crate::error::{Result, shape_err};
+#[cfg(test)]
+use crate::tensor::DType;
 use crate::tensor::{Element, Place, Tensor};
 
 use half::{bf16, f16};

@@ -13,8 +13,10 @@ mod args;
 mod attention;
 mod backend;
 mod blas;
+mod event;
 mod expert;
 mod gemm;
+mod graph;
 mod math;
 mod memory;
 mod model;
@@ -22,14 +24,18 @@ mod modules;
 mod optim;
 mod pool;
 pub mod probe;
+mod range;
 mod selftest;
 mod walk;
 
 pub use backend::Cuda;
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
+pub use event::Event;
+pub use graph::Graph;
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
 pub use pool::Usage;
+pub use range::{Range, range};
 pub use selftest::selftest;
 
 /// What can go wrong on a GPU; every variant says what was being done.
