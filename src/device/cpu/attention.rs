@@ -1,8 +1,8 @@
 //! Causal attention in blocks of queries: a block sees only the keys up to its last query, so half the square is never
 //! computed.
 
-use super::gemm::{Matrix, Sizes, product};
 use super::Cpu;
+use super::gemm::{Matrix, Sizes, product};
 use super::util::{Real, Shared, acc_type, input, max, output, sum};
 use crate::device::{AttentionShape, MemoryKernels, check};
 use crate::error::Result;

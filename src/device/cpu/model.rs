@@ -261,8 +261,8 @@ fn check_targets(op: &str, logits: &Tensor, targets: &Tensor, per_row: &[&Tensor
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::DType;
     use crate::device::cpu::util::{FLOATS, close, random_tensor as random, same_on_any_thread_count, wide};
+    use crate::tensor::DType;
 
     const EPS: f64 = 1e-5;
 

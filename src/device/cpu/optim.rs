@@ -55,8 +55,8 @@ impl OptimKernels for Cpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::MemoryKernels;
-    use crate::device::cpu::util::{FLOATS, random_tensor, same_on_any_thread_count, wide};
+    use crate::device::cpu::util::{FLOATS, close, random_tensor, same_on_any_thread_count, wide};
+    use crate::device::{AdamWItem, MemoryKernels};
     use crate::tensor::DType;
 
     #[test]
@@ -88,6 +88,42 @@ mod tests {
             let got = (norm.to_vec::<f64>().unwrap()[0], scale.to_vec::<f64>().unwrap()[0]);
             assert!(got == want || (got.0.is_nan() && want.0.is_nan() && got.1 == want.1), "{got:?} {want:?}");
         }
+    }
+
+    /// A gradient that is not finite, which clip_scale gives the factor 0, does no harm.
+    #[test]
+    fn a_scale_of_zero_changes_nothing() {
+        let t = |v: f64| Tensor::from_slice(&[v], [1]).unwrap();
+        let (w, m, v) = (t(1.0), t(2.0), t(3.0));
+        let s = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.5, step: 3 };
+        Cpu.adamw(s, &t(0.0), &w, &m, &v, &t(f64::NAN)).unwrap();
+        assert_eq!([w, m, v].map(|t| t.to_vec::<f64>().unwrap()[0]), [1.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn many_tensors_are_one_after_the_other() {
+        let t = |seed, dtype| random_tensor(seed, &[100], dtype);
+        let s = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.5, step: 3 };
+        let scale = Tensor::host(&[1][..], DType::F32);
+        Cpu.fill(&scale, 0.5).unwrap();
+        let scalars = Tensor::host(&[AdamW::SCALARS][..], DType::F32);
+        Cpu.adamw_scalars(s, &scalars).unwrap();
+        assert_eq!(wide(&scalars)[7], f64::from(0.1_f32));
+        let (w, m, v, copy) = (t(1, DType::F32), t(2, DType::F32), t(3, DType::F32), t(9, DType::BF16));
+        Cpu.fill(&v, 0.5).unwrap();
+        let grad = t(4, DType::BF16);
+        let item = AdamWItem { weight_decay: 0.25, weight: &w, m: &m, v: &v, grad: &grad, copy: Some(&copy) };
+        Cpu.adamw_many(s, &scalars, &scale, &[item]).unwrap();
+        let (w2, m2, v2) = (t(1, DType::F32), t(2, DType::F32), t(3, DType::F32));
+        Cpu.fill(&v2, 0.5).unwrap();
+        Cpu.adamw(AdamW { weight_decay: 0.25, ..s }, &scale, &w2, &m2, &v2, &grad).unwrap();
+        assert_eq!([wide(&w), wide(&m), wide(&v)], [wide(&w2), wide(&m2), wide(&v2)]);
+        close(&copy, &wide(&w2), 1e-2);
+        let sum = Tensor::host(&[1][..], DType::F64);
+        Cpu.fill(&sum, 1.0).unwrap();
+        let x = |v: &[f64]| Tensor::from_slice(v, [v.len()]).unwrap();
+        Cpu.sum_squares_many(&[&x(&[2.0]), &x(&[]), &x(&[1.0, 3.0])], &sum).unwrap();
+        assert_eq!(wide(&sum), [15.0]);
     }
 
     #[test]

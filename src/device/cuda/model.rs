@@ -237,7 +237,8 @@ impl Cuda {
         let name = format!("{op}_backward_{suffix}");
         // SAFETY: the caller's promise; partial has a row of sums per block.
         unsafe { self.launch(&name, blocks as u32, (team * teams) as u32, shared, args, || format!("{x:?}"))? };
-        let args = sums.iter().fold(Args::new().tensor(&partial).int(blocks as i32).int(cols), |args, t| args.tensor(t));
+        let args =
+            sums.iter().fold(Args::new().tensor(&partial).int(blocks as i32).int(cols), |args, t| args.tensor(t));
         let (name, grid) = (format!("{op}_gains_{suffix}"), (sums.len() * width).div_ceil(32) as u32);
         // SAFETY: the kernel's parameters; partial is as large as said, and each sum holds M elements.
         unsafe { self.launch(&name, grid, THREADS, 0, args, || format!("{partial:?}")) }

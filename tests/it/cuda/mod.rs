@@ -8,6 +8,8 @@ mod support;
 mod expert;
 mod math;
 mod memory;
+mod model;
+mod optim;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
