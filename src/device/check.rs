@@ -1,6 +1,6 @@
 //! What operations demand of their arguments, the same on every backend: errors name the operation, the value and the rule.
 
-use super::RowWeights;
+use super::{AdamW, AttentionShape, RowWeights};
 use crate::error::{Result, shape_err};
 use crate::tensor::{DType, Tensor};
 
@@ -164,4 +164,81 @@ pub(super) fn gemm(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<[usize; 3]> {
         return wrong("the result shares memory with an operand");
     }
     Ok([m, k, n])
+}
+
+/// Fails unless x and `rows` are rows of one shape and dtype, `widths` vectors as wide, `stats` one acc per row.
+pub(super) fn norm(op: &str, x: &Tensor, rows: &[&Tensor], widths: &[&Tensor], stats: &[&Tensor]) -> Result<()> {
+    let (n, width) = x.rows();
+    if width == 0 {
+        shape_err!("{op} of {}: rows are empty", x.shape());
+    }
+    same(op, x, rows)?;
+    widths.iter().try_for_each(|t| expect(op, "a gain or bias", t, &[width], x.dtype()))?;
+    stats.iter().try_for_each(|t| expect(op, "a row statistic", t, &[n], x.dtype().accumulate()))
+}
+
+/// The sizes (B·L, H, D) and L of x, (B, L, H, D), for [`rope`](super::ModelKernels::rope).
+pub(super) fn rope(x: &Tensor, y: &Tensor) -> Result<[usize; 4]> {
+    same("rope", x, &[y])?;
+    let &[batch, seq, heads, dim] = x.shape().dims() else {
+        shape_err!("rope of {}: it takes (B, L, H, D)", x.shape());
+    };
+    if dim % 2 != 0 {
+        shape_err!("rope: a head of width {dim}; the width must be even");
+    }
+    Ok([batch, seq, heads, dim])
+}
+
+/// Fails unless the tensors have the shapes and types of an attention of these sizes.
+pub(super) fn attention(
+    op: &str,
+    s: AttentionShape,
+    like_q: &[&Tensor],
+    like_k: &[&Tensor],
+    lse: &Tensor,
+) -> Result<()> {
+    if s.heads == 0 || s.kv_heads == 0 || !s.heads.is_multiple_of(s.kv_heads) || s.head_dim == 0 || s.seq == 0 {
+        shape_err!("{op}: {s:?}: key heads divide query heads, and no size is 0");
+    }
+    let dtype = like_q[0].dtype();
+    let (tokens, q, kv) = (s.batch * s.seq, s.heads * s.head_dim, s.kv_heads * s.head_dim);
+    like_q.iter().try_for_each(|t| expect(op, "a query tensor", t, &[tokens, q], dtype))?;
+    like_k.iter().try_for_each(|t| expect(op, "a key or value tensor", t, &[tokens, kv], dtype))?;
+    expect(op, "lse", lse, &[s.batch, s.heads, s.seq], dtype.accumulate())
+}
+
+/// Fails if one of `outputs` shares memory with an input or with another output.
+pub(super) fn all_apart(op: &str, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<()> {
+    for (n, out) in outputs.iter().enumerate() {
+        inputs.iter().chain(&outputs[..n]).try_for_each(|t| apart(op, t, out))?;
+    }
+    Ok(())
+}
+
+/// Fails unless logits are (N, V), targets (N) and `per_row` one acc per row; returns V.
+pub(super) fn targets(op: &str, logits: &Tensor, targets: &Tensor, per_row: &[&Tensor]) -> Result<usize> {
+    let (n, vocab) = logits.rows();
+    expect(op, "targets", targets, &[n], DType::I32)?;
+    per_row.iter().try_for_each(|t| expect(op, "a loss or lse", t, &[n], logits.dtype().accumulate()))?;
+    Ok(vocab)
+}
+
+/// Fails unless the tensors are those of an AdamW step.
+pub(super) fn adamw(
+    settings: AdamW,
+    grad_scale: &Tensor,
+    weight: &Tensor,
+    m: &Tensor,
+    v: &Tensor,
+    grad: &Tensor,
+) -> Result<()> {
+    same("adamw", weight, &[m, v])?;
+    expect("adamw", "grad_scale", grad_scale, &[1], weight.dtype())?;
+    if grad.shape() != weight.shape() {
+        shape_err!("adamw: a gradient of {} for a weight of {}", grad.shape(), weight.shape());
+    }
+    if settings.step == 0 {
+        shape_err!("adamw: step 0: steps count from 1");
+    }
+    Ok(())
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, DriverError, sys};
 
 mod args;
+mod attention;
 mod backend;
 mod blas;
 mod event;
@@ -19,7 +20,9 @@ mod gemm;
 mod graph;
 mod math;
 mod memory;
+mod model;
 mod modules;
+mod optim;
 mod order;
 mod pool;
 pub mod probe;

@@ -31,7 +31,7 @@ pub use grouped::{GroupedKernels, RowWeights, Segments};
 pub use math::MathKernels;
 pub use memory::MemoryKernels;
 pub use model::{AttentionShape, ModelKernels, Rope};
-pub use optim::{AdamW, OptimKernels};
+pub use optim::{AdamW, AdamWItem, OptimKernels};
 pub use order::{OrderKernels, RowIndex, block_rows};
 pub(in crate::device) use order::{check_blocks, check_index};
 

@@ -12,6 +12,8 @@ mod expert;
 mod graph;
 mod math;
 mod memory;
+mod model;
+mod optim;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
