@@ -32,11 +32,10 @@ __device__ __forceinline__ void weighted_gelu(const T* __restrict__ x, const T* 
         Lanes<N> grad = load<N>(dy + at);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const float z = value[i];
-          const float f = Gelu::value(z);
-          sum += grad[i] * f;
-          value[i] = w * f;
-          grad[i] = w * grad[i] * Gelu::derivative(z);
+          const ValueAndDerivative f = Gelu::both(value[i]);
+          sum += grad[i] * f.value;
+          value[i] = w * f.value;
+          grad[i] = w * grad[i] * f.derivative;
         }
         store<N>(act + at, value);
         store<N>(dx + at, grad);
@@ -67,12 +66,12 @@ __device__ __forceinline__ void weighted_swiglu(const T* __restrict__ gate, cons
         Lanes<N> grads = load<N>(dy + at);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const float f = swiglu_value<T>(gates[i], ups[i]);
-          const GateUp d = swiglu_gradient<T>(w * grads[i], gates[i], ups[i]);
-          sum += grads[i] * f;
-          gates[i] = d.gate;
-          ups[i] = d.up;
-          grads[i] = w * f;
+          const Swiglu f = swiglu<T>(gates[i], ups[i]);
+          const float grad = w * grads[i];
+          sum += grads[i] * f.value;
+          gates[i] = grad * f.by_gate;
+          ups[i] = grad * f.by_up;
+          grads[i] = w * f.value;
         }
         store<N>(d_gate + at, gates);
         store<N>(d_up + at, ups);
