@@ -17,6 +17,7 @@
 //! | [`moe`] | the MoE layer: [`gate`](moe::gate), [`order`](moe::order), [`expert`](moe::expert), hooks, routing, and the layer that runs them |
 //! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |
 //! | [`train`] | data, optimizer, the loop, checkpoints of a run, and its folder |
+//! | [`bench`] | benchmarks of the layer and of every primitive operation, beside what the device can do at most; somebody's kernel checked and timed in the place of ours |
 //! | [`report`] | tables, bars, and the loss curve as SVG |
 //! | [`rng`], [`fsio`] | counter-based random numbers; files that appear whole or not at all |
 //!
@@ -52,6 +53,7 @@
 //! ```
 
 pub mod autograd;
+pub mod bench;
 pub mod comm;
 pub mod device;
 pub mod engine;

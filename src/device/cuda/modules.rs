@@ -69,6 +69,19 @@ impl Drop for Module {
     }
 }
 
+impl Module {
+    fn function(self: &Arc<Self>, name: &str) -> Result<Function, CudaError> {
+        let action = || format!("finding the kernel '{name}'");
+        let c_name =
+            CString::new(name).map_err(|_| CudaError::NoKernelFile { name: name.into(), files: unit_names() })?;
+        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
+        // SAFETY: the module is loaded and alive, the name ends in a zero.
+        let handle =
+            unsafe { result::module::get_function(self.handle, c_name) }.map_err(CudaError::driver(action()))?;
+        Ok(Function { handle, name: name.into(), module: self.clone() })
+    }
+}
+
 /// The embedded kernels on one GPU. A kernel file's code is loaded when one of its entry points is first asked for.
 #[derive(Debug)]
 pub struct Modules {
@@ -77,6 +90,15 @@ pub struct Modules {
     loaded: Vec<OnceLock<Arc<Module>>>,
     functions: Mutex<HashMap<String, Function>>,
     multiprocessors: u32,
+    overlay: Option<Overlay>,
+}
+
+/// Somebody's code whose entry points go before the embedded ones of the same name.
+#[derive(Debug)]
+struct Overlay {
+    module: Arc<Module>,
+    /// The entry points asked for so far, and whether they were found in it.
+    asked: Mutex<Vec<(String, bool)>>,
 }
 
 impl Modules {
@@ -95,7 +117,30 @@ impl Modules {
             loaded: built::UNITS.iter().map(|_| OnceLock::new()).collect(),
             functions: Mutex::default(),
             multiprocessors: u32::try_from(count).unwrap_or(1).max(1),
+            overlay: None,
         })
+    }
+
+    /// The same kernels, with the entry points of `image` (a fat binary, a cubin or PTX called `name`) in the place of
+    /// those of the same name.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Driver`] when the driver does not load the image.
+    pub fn with_image(&self, name: &str, image: &[u8]) -> Result<Self, CudaError> {
+        let module = load(&self.context, || format!("loading the kernels of {name}"), &aligned(image))?;
+        Ok(Self {
+            overlay: Some(Overlay { module, asked: Mutex::default() }),
+            multiprocessors: self.multiprocessors,
+            ..Self::new(&self.context)?
+        })
+    }
+
+    /// The entry points asked for so far, and whether they were those of [`Modules::with_image`]'s image.
+    #[must_use]
+    pub fn asked(&self) -> Vec<(String, bool)> {
+        let asked = |overlay: &Overlay| overlay.asked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.overlay.as_ref().map_or_else(Vec::new, asked)
     }
 
     /// The GPU that the kernels are for.
@@ -121,17 +166,24 @@ impl Modules {
         if let Some(function) = self.functions.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
             return Ok(function.clone());
         }
-        let module = self.module(unit_of(name)?)?;
-        let action = || format!("finding the kernel '{name}'");
-        let c_name =
-            CString::new(name).map_err(|_| CudaError::NoKernelFile { name: name.into(), files: unit_names() })?;
-        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
-        // SAFETY: the module is loaded and alive, the name ends in a zero.
-        let handle =
-            unsafe { result::module::get_function(module.handle, c_name) }.map_err(CudaError::driver(action()))?;
-        let function = Function { handle, name: name.into(), module };
+        let function = match self.overlaid(name)? {
+            Some(function) => function,
+            None => self.module(unit_of(name)?)?.function(name)?,
+        };
         self.functions.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), function.clone());
         Ok(function)
+    }
+
+    /// The entry point of the overlay, if there is one.
+    fn overlaid(&self, name: &str) -> Result<Option<Function>, CudaError> {
+        let Some(overlay) = &self.overlay else { return Ok(None) };
+        let found = match overlay.module.function(name) {
+            Ok(function) => Some(function),
+            Err(CudaError::Driver { code, .. }) if code == sys::CUresult::CUDA_ERROR_NOT_FOUND as u32 => None,
+            Err(error) => return Err(error),
+        };
+        overlay.asked.lock().unwrap_or_else(PoisonError::into_inner).push((name.into(), found.is_some()));
+        Ok(found)
     }
 
     /// Loads the code of every kernel file: whether all of it suits this GPU and its driver.
@@ -149,15 +201,27 @@ impl Modules {
             return Ok(module.clone());
         }
         let (name, range) = &built::UNITS[unit];
-        let action = || format!("loading the kernels of {name}.cu");
-        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
-        let image = fat_binary()[range.clone()].as_ptr();
-        // SAFETY: a whole fat binary container lies there, on an 8-byte boundary, and it says its own length.
-        let handle = unsafe { result::module::load_data(image.cast()) }.map_err(CudaError::driver(action()))?;
-        let module = Arc::new(Module { handle, context: self.context.clone() });
+        let module = load(&self.context, || format!("loading the kernels of {name}.cu"), &fat_binary()[range.clone()])?;
         // Of two threads that load at once one's module is dropped again.
         Ok(slot.get_or_init(|| module).clone())
     }
+}
+
+/// Loads an image, which begins on an 8-byte boundary.
+fn load(context: &Arc<CudaContext>, action: impl Fn() -> String, image: &[u8]) -> Result<Arc<Module>, CudaError> {
+    context.bind_to_thread().map_err(CudaError::driver(action()))?;
+    // SAFETY: an image says its own length, and the driver refuses what is none; PTX ends in a zero.
+    let handle = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(CudaError::driver(action()))?;
+    Ok(Arc::new(Module { handle, context: context.clone() }))
+}
+
+/// The bytes on an 8-byte boundary, with zeros behind them.
+fn aligned(image: &[u8]) -> Vec<u8> {
+    // The allocator's blocks of this size begin on 16-byte boundaries.
+    let mut bytes = Vec::with_capacity(image.len() + 16);
+    bytes.extend_from_slice(image);
+    bytes.resize(image.len() + 16, 0);
+    bytes
 }
 
 fn unit_names() -> Vec<&'static str> {
