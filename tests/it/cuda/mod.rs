@@ -7,9 +7,11 @@ mod support;
 
 mod bandwidth;
 mod expert;
+mod gate;
 mod graph;
 mod math;
 mod memory;
+mod order;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
