@@ -10,14 +10,21 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, DriverError, sys};
 
 mod activations;
+mod args;
+mod backend;
+mod blas;
+mod memory;
 mod modules;
+mod pool;
 pub mod probe;
 mod selftest;
 
 pub use activations::{Activations, Element, GateUp, GateUpMut, Matrix, MatrixMut};
+pub use backend::Cuda;
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
+pub use pool::Usage;
 pub use selftest::selftest;
 
 /// What can go wrong on a GPU; every variant says what was being done.
@@ -43,6 +50,14 @@ pub enum CudaError {
         code: u32,
         /// The driver's sentence about it, if it has one.
         meaning: String,
+    },
+    /// A call of cuBLAS failed.
+    #[error("{action}: {name}")]
+    Blas {
+        /// What was being done, with shapes.
+        action: String,
+        /// The library's name of the error.
+        name: String,
     },
     /// No source file of the embedded kernels bears the name that this entry point's begins with.
     #[error(

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaStream, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::CudaError;
 
@@ -201,7 +201,19 @@ pub struct Launch {
     pub shared: u32,
 }
 
+/// What a block may have of dynamic shared memory without being asked for.
+const DEFAULT_SHARED: u32 = 48 << 10;
+
 impl Function {
+    fn allow_shared(&self, bytes: u32) -> Result<(), DriverError> {
+        if bytes <= DEFAULT_SHARED {
+            return Ok(());
+        }
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the handle's module is alive; this sets a number of its own.
+        unsafe { result::function::set_function_attribute(self.handle, most, bytes as i32) }
+    }
+
     /// The entry point's name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -227,8 +239,26 @@ impl Function {
         arguments: &mut [*mut c_void],
         shape: &str,
     ) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(stream, launch, arguments, || shape.to_owned()) }
+    }
+
+    /// [`Function::launch`] with words for the data that are made only for an error.
+    ///
+    /// # Errors
+    /// As [`Function::launch`].
+    ///
+    /// # Safety
+    /// As [`Function::launch`].
+    pub(super) unsafe fn launch_with(
+        &self,
+        stream: &CudaStream,
+        launch: Launch,
+        arguments: &mut [*mut c_void],
+        shape: impl FnOnce() -> String,
+    ) -> Result<(), CudaError> {
         let action = || {
-            let Launch { grid, block, shared } = launch;
+            let (Launch { grid, block, shared }, shape) = (launch, shape());
             format!("launching {} on {shape} (grid {grid:?}, block {block:?}, {shared} bytes shared)", self.name)
         };
         if stream.context() != &self.module.context {
@@ -241,10 +271,15 @@ impl Function {
                 ),
             });
         }
-        self.module.context.bind_to_thread().map_err(|e| CudaError::driver(action())(e))?;
         let Launch { grid, block, shared } = launch;
-        // SAFETY: the handle's module is alive and its context current; the rest is the caller's promise.
-        unsafe { result::launch_kernel(self.handle, grid, block, shared, stream.cu_stream(), arguments) }
+        self.module
+            .context
+            .bind_to_thread()
+            .and_then(|()| self.allow_shared(shared))
+            // SAFETY: the handle's module is alive and its context current; the rest is the caller's promise.
+            .and_then(|()| unsafe {
+                result::launch_kernel(self.handle, grid, block, shared, stream.cu_stream(), arguments)
+            })
             .map_err(|e| CudaError::driver(action())(e))
     }
 }

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "clippy takes helpers of tests for code that is shipped")]
 
+mod support;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;

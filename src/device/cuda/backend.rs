@@ -1,0 +1,251 @@
+//! One lane of a GPU: a stream, its memory, its cuBLAS handle. Every family of [`Kernels`](crate::device::Kernels) is
+//! implemented on it in a file of its own.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream, result};
+
+use super::args::{Args, suffix};
+use super::blas::Blas;
+use super::pool::{Pool, Usage};
+use super::{CudaError, Launch, Modules, open};
+use crate::error::{Error, Result, shape_err};
+use crate::tensor::{DType, Layout, Place, Shape, Tensor};
+
+/// Threads of a block of the elementwise kernels, which take any number.
+pub(super) const THREADS: u32 = 256;
+
+/// A GPU's operations on one stream, in order. Cloning gives another handle to the same stream.
+///
+/// An operation returns when it has been put on the stream. Memory of a tensor that has gone is used again by what is
+/// issued on the same stream next; whoever uses a tensor on two streams keeps it until both are done with it.
+#[derive(Clone)]
+pub struct Cuda(Arc<Inner>);
+
+struct Inner {
+    context: Arc<CudaContext>,
+    modules: Arc<Modules>,
+    stream: Arc<CudaStream>,
+    pool: Arc<Pool>,
+    blas: Blas,
+}
+
+impl Cuda {
+    /// A first lane on GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// If there is no driver, no such GPU, no kernels in this build, or no cuBLAS.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let context = open(ordinal)?;
+        let modules = Arc::new(Modules::new(&context)?);
+        Self::on(context, modules)
+    }
+
+    /// Another lane on the same GPU: a stream and memory of its own.
+    ///
+    /// # Errors
+    /// If the driver has no stream left.
+    pub fn fork(&self) -> Result<Self> {
+        Self::on(self.0.context.clone(), self.0.modules.clone())
+    }
+
+    fn on(context: Arc<CudaContext>, modules: Arc<Modules>) -> Result<Self> {
+        context.bind_to_thread().map_err(CudaError::driver("making the GPU's context current"))?;
+        let stream = context.new_stream().map_err(CudaError::driver("creating a stream"))?;
+        let pool = Pool::new(context.clone());
+        let blas = Blas::new(&stream, &pool)?;
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas })))
+    }
+
+    /// The GPU's number.
+    #[must_use]
+    pub fn ordinal(&self) -> usize {
+        self.0.context.ordinal()
+    }
+
+    /// The GPU's context.
+    #[must_use]
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.0.context
+    }
+
+    /// The embedded kernels on this GPU.
+    #[must_use]
+    pub fn modules(&self) -> &Arc<Modules> {
+        &self.0.modules
+    }
+
+    /// The stream.
+    #[must_use]
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.0.stream
+    }
+
+    pub(super) fn blas(&self) -> &Blas {
+        &self.0.blas
+    }
+
+    /// The memory this lane holds.
+    #[must_use]
+    pub fn memory(&self) -> Usage {
+        self.0.pool.usage()
+    }
+
+    /// Starts measuring [`Usage::peak`] anew.
+    pub fn reset_peak(&self) {
+        self.0.pool.reset_peak();
+    }
+
+    /// Waits until everything issued on this lane has run.
+    ///
+    /// # Errors
+    /// Whatever went wrong on the device since.
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.stream.synchronize().map_err(CudaError::driver("waiting for the GPU"))?;
+        Ok(())
+    }
+
+    /// A new row-major tensor of unspecified content.
+    pub(super) fn allocate(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
+        let storage = self.0.pool.alloc(shape.elements() * dtype.size())?;
+        Tensor::new(storage, Layout::contiguous(shape), dtype)
+    }
+
+    /// `dst = src`, contiguous, from host memory; returns when `src` may be written again.
+    pub(super) fn copy_from_host(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
+        self.transferable("upload", src, dst)?;
+        self.on_device("upload", &[dst])?;
+        self.bind()?;
+        // SAFETY: a contiguous host tensor of bytes that any pattern is valid for; the copy from pageable memory has
+        // read them when the call returns.
+        let bytes = unsafe { std::slice::from_raw_parts(src.ptr().cast_const(), src.elements() * src.dtype().size()) };
+        // SAFETY: dst is as long, on this device.
+        unsafe { result::memcpy_htod_async(dst.ptr() as u64, bytes, self.0.stream.cu_stream()) }
+            .map_err(CudaError::driver(format!("copying {src:?} to the GPU")))?;
+        Ok(())
+    }
+
+    /// `dst = src`, contiguous, to host memory; returns when it has happened.
+    pub(super) fn copy_to_host(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
+        self.transferable("download", src, dst)?;
+        self.on_device("download", &[src])?;
+        self.bind()?;
+        let length = dst.elements() * dst.dtype().size();
+        // SAFETY: as in `copy_from_host`; nothing else uses dst while it is written, and the stream is waited for.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(dst.ptr(), length) };
+        // SAFETY: src is as long, on this device.
+        unsafe { result::memcpy_dtoh_async(bytes, src.ptr() as u64, self.0.stream.cu_stream()) }
+            .map_err(CudaError::driver(format!("copying {src:?} from the GPU")))?;
+        self.synchronize()
+    }
+
+    fn transferable(&self, op: &str, src: &Tensor, dst: &Tensor) -> Result<()> {
+        if src.shape() != dst.shape() || src.dtype() != dst.dtype() {
+            shape_err!("{op}: from {src:?} to {dst:?}: shape and dtype must be the same");
+        }
+        if !src.is_contiguous() || !dst.is_contiguous() {
+            shape_err!("{op}: from {src:?} to {dst:?}: both must be contiguous");
+        }
+        let host = if op == "upload" { src } else { dst };
+        if host.place() != Place::Cpu {
+            shape_err!("{op}: {host:?} must be in host memory");
+        }
+        Ok(())
+    }
+
+    pub(super) fn bind(&self) -> Result<()> {
+        self.0.context.bind_to_thread().map_err(CudaError::driver("making the GPU's context current"))?;
+        Ok(())
+    }
+
+    /// Fails unless every tensor lies on this GPU.
+    pub(super) fn on_device(&self, op: &str, tensors: &[&Tensor]) -> Result<()> {
+        let here = Place::Cuda(self.ordinal());
+        match tensors.iter().find(|t| t.place() != here) {
+            Some(t) => shape_err!("{op}: {t:?} is not on {here}, where the operation runs"),
+            None => Ok(()),
+        }
+    }
+
+    /// Fails unless every tensor lies on this GPU, row-major without gaps.
+    pub(super) fn row_major(&self, op: &str, tensors: &[&Tensor]) -> Result<()> {
+        self.on_device(op, tensors)?;
+        match tensors.iter().find(|t| !t.is_contiguous()) {
+            Some(t) => shape_err!("{op}: {t:?} with strides {:?} must be contiguous", t.layout().strides()),
+            None => Ok(()),
+        }
+    }
+
+    /// The suffix of the entry points for `t`'s type.
+    pub(super) fn suffix(&self, op: &str, t: &Tensor) -> Result<&'static str> {
+        match suffix(t.dtype()) {
+            Some(suffix) => Ok(suffix),
+            None => shape_err!("{op} of {t:?}: the GPU's kernels take bf16, f16 and f32"),
+        }
+    }
+
+    /// Blocks of [`THREADS`] for `items` independent items, no more than fill the GPU: kernels walk the rest in steps of
+    /// the grid.
+    pub(super) fn blocks(&self, items: usize) -> u32 {
+        // 2048 threads per multiprocessor.
+        let most = u64::from(self.0.modules.multiprocessors() * (2048 / THREADS));
+        (items as u64).div_ceil(u64::from(THREADS)).clamp(1, most) as u32
+    }
+
+    /// Puts the kernel `name` on the stream.
+    ///
+    /// # Safety
+    /// `args` must be the kernel's parameters in number, order and type, and the memory they name hold what it reads
+    /// and writes.
+    pub(super) unsafe fn launch(
+        &self,
+        name: &str,
+        grid: impl Into<Grid>,
+        block: u32,
+        shared: usize,
+        mut args: Args,
+        shape: impl FnOnce() -> String,
+    ) -> Result<()> {
+        let launch = Launch { grid: grid.into().0, block: (block, 1, 1), shared: shared as u32 };
+        let function = self.0.modules.function(name)?;
+        // SAFETY: the caller's promise.
+        unsafe { function.launch_with(&self.0.stream, launch, &mut args.pointers(), shape) }?;
+        Ok(())
+    }
+}
+
+/// Blocks of a launch: in x, or in x, y and z.
+pub(super) struct Grid(pub(super) (u32, u32, u32));
+
+impl From<u32> for Grid {
+    fn from(x: u32) -> Self {
+        Grid((x, 1, 1))
+    }
+}
+
+impl From<(u32, u32)> for Grid {
+    fn from((x, y): (u32, u32)) -> Self {
+        Grid((x, y, 1))
+    }
+}
+
+impl From<(u32, u32, u32)> for Grid {
+    fn from(grid: (u32, u32, u32)) -> Self {
+        Grid(grid)
+    }
+}
+
+impl From<CudaError> for Error {
+    fn from(error: CudaError) -> Self {
+        match error {
+            CudaError::Argument { .. } => Error::Shape(error.to_string()),
+            error => Error::Device(error.to_string()),
+        }
+    }
+}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cuda({}, {:?})", self.ordinal(), self.memory())
+    }
+}

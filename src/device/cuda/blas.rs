@@ -1,0 +1,47 @@
+//! cuBLAS: a handle per lane, with a workspace of its own.
+
+use std::sync::Arc;
+
+use cudarc::cublas::{CudaBlas, result, sys};
+use cudarc::driver::CudaStream;
+
+use super::CudaError;
+use super::pool::Pool;
+use crate::error::{Error, Result};
+use crate::tensor::Storage;
+
+/// What NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// A cuBLAS handle bound to one stream.
+pub(super) struct Blas {
+    handle: CudaBlas,
+    /// Without one of the caller's cuBLAS would allocate, which graph capture forbids, and two lanes could share it.
+    _workspace: Storage,
+}
+
+impl Blas {
+    pub(super) fn new(stream: &Arc<CudaStream>, pool: &Arc<Pool>) -> Result<Self> {
+        // SAFETY: this runs the initialisers of libcublas.so, which expects to be loaded by any thread at any time.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::Device("cuBLAS (libcublas.so) cannot be loaded; install CUDA's libraries".into()));
+        }
+        let handle = CudaBlas::new(stream.clone()).map_err(failed("creating a cuBLAS handle"))?;
+        let workspace = pool.alloc(WORKSPACE)?;
+        // SAFETY: the handle is valid; the workspace lives as long as it.
+        unsafe { sys::cublasSetWorkspace_v2(*handle.handle(), workspace.ptr().cast(), WORKSPACE) }
+            .result()
+            .map_err(failed("giving cuBLAS its workspace"))?;
+        Ok(Blas { handle, _workspace: workspace })
+    }
+
+    pub(super) fn handle(&self) -> sys::cublasHandle_t {
+        *self.handle.handle()
+    }
+}
+
+/// For `map_err`: an error of cuBLAS in the course of `action`.
+pub(super) fn failed(action: impl Into<String>) -> impl FnOnce(result::CublasError) -> Error {
+    let action = action.into();
+    move |error| CudaError::Blas { action, name: format!("{:?}", error.0) }.into()
+}

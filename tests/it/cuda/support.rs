@@ -1,0 +1,176 @@
+//! The comparison of one operation on the GPU with the same on the CPU in f64.
+
+use std::sync::OnceLock;
+
+use fsmoe::Result;
+use fsmoe::device::cpu::Cpu;
+use fsmoe::device::cuda::Cuda;
+use fsmoe::device::{Lane, MemoryKernels};
+use fsmoe::tensor::{DType, Shape, Tensor};
+
+/// What the kernels take.
+pub(super) const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+/// The GPU, opened once; tests take turns on its one lane.
+pub(super) fn gpu() -> Cuda {
+    static GPU: OnceLock<Cuda> = OnceLock::new();
+    GPU.get_or_init(|| Cuda::new(0).unwrap()).clone()
+}
+
+/// An operation's input. The oracle is given the same values, after rounding, in f64.
+pub(super) enum In {
+    /// In the type under test.
+    Data(Shape, Vec<f64>),
+    /// In the accumulation type.
+    Acc(Shape, Vec<f64>),
+    /// i32.
+    Int(Shape, Vec<i32>),
+}
+
+/// An operation's output: poisoned beforehand, or, for what an operation adds to, an input.
+pub(super) enum Out {
+    /// In the type under test.
+    Data(Shape),
+    /// In the accumulation type.
+    Acc(Shape),
+    /// i32, compared exactly.
+    Int(Shape),
+    /// Holds something that is added to.
+    Add(In),
+}
+
+/// Shorthands.
+pub(super) fn data(shape: impl Into<Shape>, values: Vec<f64>) -> In {
+    In::Data(shape.into(), values)
+}
+pub(super) fn acc(shape: impl Into<Shape>, values: Vec<f64>) -> In {
+    In::Acc(shape.into(), values)
+}
+pub(super) fn int(shape: impl Into<Shape>, values: Vec<i32>) -> In {
+    In::Int(shape.into(), values)
+}
+
+/// max|a − b| / max|b| must stay below this, outputs of the accumulation type included: they come from rounded data.
+pub(super) fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-5,
+        DType::F16 => 2e-3,
+        DType::BF16 => 1e-2,
+        other => panic!("no kernel takes {other}"),
+    }
+}
+
+const POISON: i32 = -0x5555_5556;
+
+fn input(input: &In, dtype: DType) -> Tensor {
+    let lane = Lane::cpu();
+    match input {
+        In::Int(shape, v) => Tensor::from_slice(v, *shape).unwrap(),
+        In::Acc(shape, v) => lane.cast(&Tensor::from_slice(v, *shape).unwrap(), dtype.accumulate()).unwrap(),
+        In::Data(shape, v) => lane.cast(&Tensor::from_slice(v, *shape).unwrap(), dtype).unwrap(),
+    }
+}
+
+fn output(out: &Out, dtype: DType) -> Tensor {
+    match out {
+        Out::Add(i) => input(i, dtype),
+        Out::Int(shape) => Tensor::from_slice(&vec![POISON; shape.elements()], *shape).unwrap(),
+        Out::Acc(shape) => input(&In::Acc(*shape, vec![f64::NAN; shape.elements()]), dtype),
+        Out::Data(shape) => input(&In::Data(*shape, vec![f64::NAN; shape.elements()]), dtype),
+    }
+}
+
+/// A host tensor of any float type as f64.
+pub(super) fn wide(t: &Tensor) -> Vec<f64> {
+    Lane::cpu().cast(t, DType::F64).unwrap().to_vec().unwrap()
+}
+
+fn widened(t: Tensor) -> Tensor {
+    if t.dtype() == DType::I32 { t } else { Lane::cpu().cast(&t, DType::F64).unwrap() }
+}
+
+/// A host tensor's copy on the GPU.
+pub(super) fn up(t: &Tensor) -> Tensor {
+    let (gpu, shape) = (gpu(), *t.shape());
+    let out = MemoryKernels::alloc(&gpu, shape, t.dtype()).unwrap();
+    gpu.upload(t, &out).unwrap();
+    out
+}
+
+/// A GPU tensor's copy on the host.
+pub(super) fn down(t: &Tensor) -> Tensor {
+    let out = Tensor::host(*t.shape(), t.dtype());
+    gpu().download(t, &out).unwrap();
+    out
+}
+
+fn bytes(t: &Tensor) -> Vec<u8> {
+    let length = t.elements() * t.dtype().size();
+    // SAFETY: a contiguous host tensor that nothing writes to.
+    unsafe { std::slice::from_raw_parts(t.ptr().cast_const(), length) }.to_vec()
+}
+
+/// Runs an operation on the CPU in f64 and twice on the GPU in `dtype`: the GPU's runs must agree to the bit, and with
+/// the CPU within the tolerance; integers exactly.
+///
+/// Called through [`compare!`], which writes the operation out for both backends.
+pub(super) fn run(
+    what: &str,
+    dtype: DType,
+    inputs: &[In],
+    outputs: &[Out],
+    cpu: impl Fn(&Cpu, &[Tensor], &[Tensor]) -> Result<()>,
+    cuda: impl Fn(&Cuda, &[Tensor], &[Tensor]) -> Result<()>,
+) {
+    let right: Vec<Tensor> = outputs.iter().map(|o| widened(output(o, dtype))).collect();
+    let wide_inputs: Vec<Tensor> = inputs.iter().map(|i| widened(input(i, dtype))).collect();
+    cpu(&Cpu, &wide_inputs, &right).unwrap_or_else(|e| panic!("{what} in f64 on the CPU: {e}"));
+
+    let device_inputs: Vec<Tensor> = inputs.iter().map(|i| up(&input(i, dtype))).collect();
+    let mut runs = (0..2).map(|_| {
+        let outputs: Vec<Tensor> = outputs.iter().map(|o| up(&output(o, dtype))).collect();
+        cuda(&gpu(), &device_inputs, &outputs).unwrap_or_else(|e| panic!("{what} in {dtype} on the GPU: {e}"));
+        outputs.iter().map(down).collect::<Vec<_>>()
+    });
+    let (got, again) = (runs.next().unwrap(), runs.next().unwrap());
+    for (n, ((got, again), right)) in got.iter().zip(&again).zip(&right).enumerate() {
+        assert_eq!(bytes(got), bytes(again), "{what} in {dtype}: output {n} differs between two runs");
+        assert_close(&format!("{what} in {dtype}: output {n}"), got, right, tolerance(dtype));
+    }
+}
+
+/// Fails unless max|got − right| / max|right| stays below `tolerance`; i32 tensors must be equal.
+pub(super) fn assert_close(what: &str, got: &Tensor, right: &Tensor, tolerance: f64) {
+    assert_eq!(got.shape(), right.shape(), "{what}");
+    if got.dtype() == DType::I32 {
+        let (got, right) = (got.to_vec::<i32>().unwrap(), right.to_vec::<i32>().unwrap());
+        if let Some(at) = (0..got.len()).find(|&i| got[i] != right[i]) {
+            panic!("{what}: element {at} of {} is {}, should be {}", got.len(), got[at], right[at]);
+        }
+        return;
+    }
+    let (got, right) = (wide(got), wide(right));
+    let largest = right.iter().fold(0.0_f64, |most, v| most.max(v.abs())).max(f64::MIN_POSITIVE);
+    for (at, (got, right)) in got.iter().zip(&right).enumerate() {
+        let error = (got - right).abs() / largest;
+        assert!(
+            error <= tolerance || got == right,
+            "{what}: element {at} is {got}, should be {right}: off by {error:.1e} of the largest, {largest}"
+        );
+    }
+}
+
+/// `compare!(what, dtype, [inputs], [outputs], |kernels, inputs, outputs| kernels.operation(…))`: see [`run`].
+macro_rules! compare {
+    ($what:expr, $dtype:expr, $inputs:expr, $outputs:expr, |$k:ident, $i:ident, $o:ident| $op:expr) => {
+        $crate::cuda::support::run(
+            $what,
+            $dtype,
+            &$inputs,
+            &$outputs,
+            |$k: &fsmoe::device::cpu::Cpu, $i: &[fsmoe::tensor::Tensor], $o: &[fsmoe::tensor::Tensor]| $op,
+            |$k: &fsmoe::device::cuda::Cuda, $i: &[fsmoe::tensor::Tensor], $o: &[fsmoe::tensor::Tensor]| $op,
+        )
+    };
+}
+pub(super) use compare;
