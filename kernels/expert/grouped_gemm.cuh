@@ -10,6 +10,8 @@
 // cores change hands without a pause.
 #pragma once
 
+#include <type_traits>
+
 #include "common/dtype.cuh"
 #include "expert/grouped_schedule.cuh"
 #include "ptx/cluster.cuh"
@@ -22,6 +24,17 @@ namespace fsmoe::grouped {
 using ptx::Major;
 using ptx::TensorMap;
 
+// What each consumer warp has of shared memory for its epilogue: slots of 512 bytes (grouped_epilogue.cuh).
+constexpr int slots_per_warp = 3;
+constexpr int slot_bytes = 512;
+
+// What an epilogue reads comes through rings of its own, one per consumer, in boxes of 64 rows and 32 columns, loaded
+// while the tile's products are still summed. Read straight from memory, even prefetched to L2, a value takes some 3000
+// cycles behind what the copy engine has in flight for the other consumer.
+constexpr int input_cols = 32;
+constexpr int input_bytes = 64 * input_cols * 2;
+constexpr int input_stages = 3;
+
 enum class Consumers { PingPong, Cooperative };
 
 // One kernel's shape.
@@ -29,10 +42,13 @@ enum class Consumers { PingPong, Cooperative };
 //   Cols      width of a tile, a width of wgmma
 //   Pairs     operand pairs whose products are summed, one after the other
 //   Weights   weights side by side in a tile, Cols / Weights columns of each
-template <Major A_, Major B_, int Cols_, Consumers Consumers_, int Cluster_, int Pairs_ = 1, int Weights_ = 1>
+//   Inputs    matrices like D that the epilogue reads
+template <Major A_, Major B_, int Cols_, Consumers Consumers_, int Cluster_, int Pairs_ = 1, int Weights_ = 1,
+          int Inputs_ = 0>
 struct Shape {
   static constexpr Major A = A_, B = B_;
   static constexpr int Cols = Cols_, Cluster = Cluster_, Pairs = Pairs_, Weights = Weights_;
+  static constexpr int Inputs = Inputs_;
   static constexpr bool ping_pong = Consumers_ == Consumers::PingPong;
   // 64-row products per consumer and tile.
   static constexpr int Blocks = ping_pong ? 2 : 1;
@@ -47,9 +63,14 @@ struct Shape {
   static_assert(b_box_bytes % 1024 == 0, "the swizzle repeats every 1024 bytes");
   static_assert(Weights == 1 || (Weights == 2 && B == Major::K), "two weights are the two halves of a K-major tile");
 
-  // A block has 227 KB of shared memory: as many stages as fit beside the barriers and the 1024-byte boundary.
-  static constexpr int stages = (227 * 1024 - 1024 - 256) / stage_bytes;
-  static constexpr int shared_bytes = 1024 + 256 + stages * stage_bytes;
+  // A block has 227 KB of shared memory: as many stages as fit beside what the epilogue and the barriers take and what
+  // the swizzle's 1024-byte boundary may cost.
+  static constexpr int slots_bytes = 8 * slots_per_warp * slot_bytes;
+  static constexpr int inputs_bytes = 2 * input_stages * Inputs * input_bytes;
+  static constexpr int other_bytes = slots_bytes + inputs_bytes + 256 + 1024;
+  static_assert(Inputs == 0 || ping_pong, "a consumer's inputs come in tiles of its own");
+  static constexpr int stages = (227 * 1024 - other_bytes) / stage_bytes;
+  static constexpr int shared_bytes = stages * stage_bytes + other_bytes;
 };
 
 constexpr int threads = 384;
@@ -57,9 +78,9 @@ constexpr int threads = 384;
 struct Maps {
   // Of a pair or an output each; B of a pair or a weight.
   TensorMap a[2], b[2];
+  // Matrices like D that the epilogue reads.
+  TensorMap inputs[2];
 };
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // The ring's place: stage and the parity of its turn.
 template <int Stages>
@@ -127,6 +148,45 @@ __device__ __forceinline__ void produce(const Maps& maps, const typename Tiles::
   }
 }
 
+// Box `number` of a tile: all groups of 32 columns of the upper rows, then of the lower ones, then what is left of either.
+template <int Cols>
+struct InputBoxes {
+  static constexpr int whole = Cols / input_cols;
+  static constexpr int count = 2 * (whole + (Cols % input_cols ? 1 : 0));
+  __device__ __forceinline__ static int row(int box) { return 64 * (box < 2 * whole ? box / whole : box - 2 * whole); }
+  __device__ __forceinline__ static int col(int box) {
+    return input_cols * (box < 2 * whole ? box % whole : whole);
+  }
+};
+
+// A consumer's ring of inputs.
+struct InputRing {
+  uint32_t stages, full, empty;
+  Turn<input_stages> turn;
+};
+
+template <class Shape, class Tiles>
+__device__ __forceinline__ void produce_inputs(const Maps& maps, const typename Tiles::Args& tiles_args, int consumer,
+                                               int rank, InputRing ring) {
+  using Boxes = InputBoxes<Shape::Cols>;
+  Tiles tiles(tiles_args, rank);
+  Tile tile;
+  for (int number = 0; tiles.next(tile); ++number) {
+    if ((number & 1) != consumer) continue;
+    for (int box = 0; box < Boxes::count; ++box, ring.turn.next()) {
+      const int stage = ring.turn.stage;
+      ptx::mbarrier_wait(ring.empty + 8 * stage, ring.turn.parity ^ 1);
+      ptx::mbarrier_arrive_expect(ring.full + 8 * stage, Shape::Inputs * input_bytes);
+#pragma unroll
+      for (int input = 0; input < Shape::Inputs; ++input) {
+        ptx::tma_load(maps.inputs[input], ring.full + 8 * stage,
+                      ring.stages + (stage * Shape::Inputs + input) * input_bytes, tile.col + Boxes::col(box),
+                      tile.row + Boxes::row(box), 0);
+      }
+    }
+  }
+}
+
 // Keeps the compiler from moving uses of the sums to before the wait that they must follow.
 template <int Blocks, int Count>
 __device__ __forceinline__ void settle(float (&sums)[Blocks][Count]) {
@@ -140,7 +200,7 @@ __device__ __forceinline__ void settle(float (&sums)[Blocks][Count]) {
 template <class Shape, class Tiles, class Epilogue>
 __device__ __forceinline__ void consume(const typename Tiles::Args& tiles_args, const typename Epilogue::Args& args,
                                         int consumer, int rank, uint32_t stages, uint32_t full, uint32_t empty,
-                                        uint32_t order) {
+                                        uint32_t order, uint32_t slots, InputRing inputs) {
   const int lane = threadIdx.x % 32;
   Tiles tiles(tiles_args, rank);
   Turn<Shape::stages> turn;
@@ -159,43 +219,51 @@ __device__ __forceinline__ void consume(const typename Tiles::Args& tiles_args, 
       turn.skip(tile.steps);
       continue;
     }
+    const int first_row = Shape::ping_pong ? 0 : 64 * consumer;
     // The first tile of the first consumer has none before it.
     if (Shape::ping_pong) ptx::mbarrier_wait(order + 8 * consumer, (number >> 1 & 1) ^ (consumer == 0 ? 1 : 0));
-    int before = 0;
-    for (int step = 0; step < tile.steps; ++step) {
-      const uint32_t stage = stages + turn.stage * Shape::stage_bytes;
-      const uint32_t own_rows = stage + (Shape::ping_pong ? 0 : consumer * Shape::box_bytes);
-      const uint64_t a = ptx::wgmma_descriptor<Shape::A>(own_rows);
-      const uint64_t b = ptx::wgmma_descriptor<Shape::B>(stage + Shape::a_bytes);
-      ptx::mbarrier_wait(full + 8 * turn.stage, turn.parity);
-      if (Shape::ping_pong && step == tile.steps - 1 && lane == 0) {
-        ptx::mbarrier_arrive(order + 8 * (1 - consumer));
-      }
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < tile_depth / 16; ++k) {
-#pragma unroll
-        for (int block = 0; block < Shape::Blocks; ++block) {
-          ptx::Wgmma<Shape::Cols>::template run<Shape::A, Shape::B>(
-              sums[block], a + k * ptx::wgmma_step<Shape::A> + block * (Shape::box_bytes >> 4),
-              b + k * ptx::wgmma_step<Shape::B>, k > 0 ? 1 : step);
+    const auto multiply = [&](auto blocks) {
+      int before = 0;
+      for (int step = 0; step < tile.steps; ++step) {
+        const uint32_t stage = stages + turn.stage * Shape::stage_bytes;
+        const uint32_t own_rows = stage + (Shape::ping_pong ? 0 : consumer * Shape::box_bytes);
+        const uint64_t a = ptx::wgmma_descriptor<Shape::A>(own_rows);
+        const uint64_t b = ptx::wgmma_descriptor<Shape::B>(stage + Shape::a_bytes);
+        ptx::mbarrier_wait(full + 8 * turn.stage, turn.parity);
+        if (Shape::ping_pong && step == tile.steps - 1 && lane == 0) {
+          ptx::mbarrier_arrive(order + 8 * (1 - consumer));
         }
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < tile_depth / 16; ++k) {
+#pragma unroll
+          for (int block = 0; block < decltype(blocks)::value; ++block) {
+            ptx::Wgmma<Shape::Cols>::template run<Shape::A, Shape::B>(
+                sums[block], a + k * ptx::wgmma_step<Shape::A> + block * (Shape::box_bytes >> 4),
+                b + k * ptx::wgmma_step<Shape::B>, k > 0 ? 1 : step);
+          }
+        }
+        ptx::wgmma_commit();
+        // One stage's products stay in flight while the next one's are issued.
+        ptx::wgmma_wait<1>();
+        if (step > 0) release(before);
+        before = turn.stage;
+        turn.next();
       }
-      ptx::wgmma_commit();
-      // One stage's products stay in flight while the next one's are issued.
-      ptx::wgmma_wait<1>();
-      if (step > 0) release(before);
-      before = turn.stage;
-      turn.next();
+      ptx::wgmma_wait<0>();
+      release(before);
+    };
+    if (Shape::Blocks == 2 && tile.half) {
+      multiply(std::integral_constant<int, 1>{});
+#pragma unroll
+      for (int i = 0; i < Shape::Cols / 2; ++i) sums[Shape::Blocks - 1][i] = 0.0f;
+    } else {
+      multiply(std::integral_constant<int, Shape::Blocks>{});
     }
-    ptx::wgmma_wait<0>();
-    release(before);
     settle(sums);
-    Epilogue::run(sums, tile, Shape::ping_pong ? 0 : 64 * consumer, args);
+    Epilogue::run(sums, tile, first_row, slots, inputs, args);
   }
 }
-
-#endif
 
 template <class Shape, class Tiles, class Epilogue>
 __device__ __forceinline__ void gemm(const Maps& maps, const typename Tiles::Args& tiles_args,
@@ -204,9 +272,17 @@ __device__ __forceinline__ void gemm(const Maps& maps, const typename Tiles::Arg
   extern __shared__ uint8_t shared[];
   const uint32_t begin = ptx::shared_address(shared);
   const uint32_t stages = (begin + 1023) & ~1023u;
-  const uint32_t full = stages + Shape::stages * Shape::stage_bytes;
+  const uint32_t slots = stages + Shape::stages * Shape::stage_bytes;
+  const uint32_t inputs = slots + Shape::slots_bytes;
+  const uint32_t full = inputs + Shape::inputs_bytes;
   const uint32_t empty = full + 8 * Shape::stages;
   const uint32_t order = empty + 8 * Shape::stages;
+  const uint32_t inputs_full = order + 8 * 2;
+  const uint32_t inputs_empty = inputs_full + 8 * 2 * input_stages;
+  const auto ring_of = [&](int consumer) {
+    const uint32_t at = 8 * consumer * input_stages;
+    return InputRing{inputs + consumer * (Shape::inputs_bytes / 2), inputs_full + at, inputs_empty + at, {}};
+  };
   const int group = threadIdx.x / 128;
   const int rank = Shape::Cluster == 1 ? 0 : ptx::cluster_rank();
 
@@ -217,6 +293,10 @@ __device__ __forceinline__ void gemm(const Maps& maps, const typename Tiles::Arg
       ptx::mbarrier_init(empty + 8 * stage, Shape::Cluster * (Shape::ping_pong ? 4 : 8));
     }
     for (int consumer = 0; consumer < 2; ++consumer) ptx::mbarrier_init(order + 8 * consumer, 4);
+    for (int stage = 0; stage < 2 * input_stages; ++stage) {
+      ptx::mbarrier_init(inputs_full + 8 * stage, 1);
+      ptx::mbarrier_init(inputs_empty + 8 * stage, 4);
+    }
     ptx::fence_mbarrier_init();
   }
   if constexpr (Shape::Cluster > 1) {
@@ -227,10 +307,16 @@ __device__ __forceinline__ void gemm(const Maps& maps, const typename Tiles::Arg
 
   if (group == 0) {
     ptx::give_registers<24>();
-    if (threadIdx.x == 0) produce<Shape, Tiles>(maps, tiles_args, rank, stages, full, empty);
+    if (threadIdx.x == 0) {
+      produce<Shape, Tiles>(maps, tiles_args, rank, stages, full, empty);
+    } else if (Shape::Inputs > 0 && (threadIdx.x == 32 || threadIdx.x == 64)) {
+      const int consumer = threadIdx.x / 32 - 1;
+      produce_inputs<Shape, Tiles>(maps, tiles_args, consumer, rank, ring_of(consumer));
+    }
   } else {
     ptx::take_registers<240>();
-    consume<Shape, Tiles, Epilogue>(tiles_args, args, group - 1, rank, stages, full, empty, order);
+    consume<Shape, Tiles, Epilogue>(tiles_args, args, group - 1, rank, stages, full, empty, order,
+                                      slots + (threadIdx.x / 32 - 4) * slots_per_warp * slot_bytes, ring_of(group - 1));
   }
   // A block must not leave while the other of its cluster still writes to its memory or arrives at its barriers.
   if constexpr (Shape::Cluster > 1) {
@@ -244,3 +330,11 @@ __device__ __forceinline__ void gemm(const Maps& maps, const typename Tiles::Arg
 }
 
 }  // namespace fsmoe::grouped
+
+// An entry point: clusters of two blocks, one block to a multiprocessor.
+#define FSMOE_GROUPED(name, shape, tiles, epilogue)                                                                 \
+  extern "C" __global__ void FSMOE_CLUSTER(2) __launch_bounds__(fsmoe::grouped::threads, 1)                         \
+      name(const __grid_constant__ fsmoe::grouped::Maps maps, const __grid_constant__ tiles::Args tiles_args,       \
+           const __grid_constant__ epilogue::Args args) {                                                           \
+    fsmoe::grouped::gemm<shape, tiles, epilogue>(maps, tiles_args, args);                                           \
+  }

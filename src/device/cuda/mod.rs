@@ -3,7 +3,8 @@
 //! - [`probe`](mod@probe) says what is there, and never fails;
 //! - [`open`] opens a GPU;
 //! - [`Modules`] loads the embedded kernels onto it;
-//! - [`Activations`] launches GELU and SwiGLU.
+//! - [`Activations`] launches GELU and SwiGLU;
+//! - [`Cuda`]'s `grouped_` operations are the matrix products of all experts at once, on Hopper.
 
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ mod activations;
 mod args;
 mod backend;
 mod blas;
+mod grouped;
 mod memory;
 mod modules;
 mod pool;
@@ -21,6 +23,7 @@ mod selftest;
 
 pub use activations::{Activations, Element, GateUp, GateUpMut, Matrix, MatrixMut};
 pub use backend::Cuda;
+pub use grouped::{ROW_TILE, RowScale, Segments};
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
