@@ -316,7 +316,7 @@ impl Inner {
         // looks at other tokens in any case has a fixed number of rows.
         let dropless = !step.train && !self.gate.sees_other_tokens();
         let capacity = if dropless { Capacity::Dropless } else { self.config.capacity };
-        GateContext { lane, groups: self.config.groups, capacity, step }
+        GateContext { lane, groups: self.config.groups, capacity, exact_capacity: self.order.pads(), step }
     }
 
     fn forward(&self, lane: &Lane, x: &Tensor, step: StepContext) -> Result<(Tensor, Run)> {

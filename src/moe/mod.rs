@@ -55,6 +55,9 @@ pub struct GateContext<'a> {
     pub groups: usize,
     /// Rows per expert and group.
     pub capacity: Capacity,
+    /// With `*`: whether [`Routing::capacity`] must be the largest load, which takes a read from the device. Otherwise a
+    /// bound on it, T/G, may stand in.
+    pub exact_capacity: bool,
     /// The step.
     pub step: StepContext,
 }
@@ -152,6 +155,12 @@ impl RowSplit {
 pub trait Order: Send + Sync {
     /// Its name, as the command line has it.
     fn name(&self) -> &str;
+
+    /// Whether every expert's rows are padded to the capacity. If not, a capacity that drops nothing need not be exact
+    /// (see [`GateContext::exact_capacity`]).
+    fn pads(&self) -> bool {
+        true
+    }
 
     /// The expert rows of x: (T, M). An empty slot is a row of zeros.
     ///

@@ -13,6 +13,7 @@
 //! - Sums run in a fixed order that depends on shapes alone: the same inputs give the same bits, on any thread count.
 //! - Shapes and dtypes are checked; an error names the operation, the shape and the rule.
 
+mod choice;
 mod expert;
 mod gate;
 mod math;
@@ -21,13 +22,15 @@ mod model;
 mod optim;
 mod order;
 
+pub use choice::{ChoiceRule, Chosen, ChosenGrad, SUM_EPS, Score, Slots};
 pub use expert::{ExpertKernels, Gelu};
 pub use gate::{ExpertGroups, GateKernels};
 pub use math::MathKernels;
 pub use memory::MemoryKernels;
 pub use model::{AttentionShape, ModelKernels, Rope};
 pub use optim::{AdamW, AdamWItem, OptimKernels};
-pub use order::OrderKernels;
+pub use order::{OrderKernels, RowIndex, block_rows};
+pub(in crate::device) use order::{check_blocks, check_index};
 
 /// All primitive operations of a backend.
 pub trait Kernels:

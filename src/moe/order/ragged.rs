@@ -17,6 +17,10 @@ impl Order for Ragged {
         "ragged"
     }
 
+    fn pads(&self) -> bool {
+        false
+    }
+
     fn dispatch(&self, lane: &Lane, routing: &Routing, x: &Tensor) -> Result<(Rows, Saved)> {
         check_tokens(self.name(), routing, x)?;
         let (groups, experts, capacity) = (routing.groups, routing.experts, routing.capacity);

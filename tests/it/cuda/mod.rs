@@ -5,7 +5,9 @@
 
 mod support;
 
+mod bandwidth;
 mod expert;
+mod graph;
 mod math;
 mod memory;
 mod model;
