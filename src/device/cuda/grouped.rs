@@ -59,7 +59,8 @@ impl GroupedKernels for Cuda {
         pairs: &[(&Tensor, &Tensor, f64)],
         x: &Tensor,
     ) -> Result<()> {
-        let Some(blocks) = self.row_blocks(segments, x).filter(|_| pairs.iter().all(|p| p.2 == 0.0 || p.2 == 1.0)) else {
+        let Some(blocks) = self.row_blocks(segments, x).filter(|_| pairs.iter().all(|p| p.2 == 0.0 || p.2 == 1.0))
+        else {
             return compose::linear_weight(self, segments, pairs, x);
         };
         // One launch for pairs that accumulate alike.
