@@ -32,11 +32,11 @@ __device__ __forceinline__ void swiglu_forward_in(const T* __restrict__ gate, in
       const Lanes<N> gates = load<N>(g);
       Lanes<N> lanes = load<N>(u);
 #pragma unroll
-      for (int i = 0; i < N; ++i) lanes[i] = swiglu_value<T>(gates[i], lanes[i]);
+      for (int i = 0; i < N; ++i) lanes[i] = swiglu<T>(gates[i], lanes[i]).value;
       store<N>(o, lanes);
     } else {
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) o[i] = from_f32<T>(swiglu_value<T>(to_f32(g[i]), to_f32(u[i])));
+      for (int i = 0; i < count; ++i) o[i] = from_f32<T>(swiglu<T>(to_f32(g[i]), to_f32(u[i])).value);
     }
   });
 }
@@ -52,7 +52,7 @@ __device__ __forceinline__ void swiglu_forward(const T* gate, index_t gate_strid
 }
 
 // ----------------------------------------------------------------------------
-// Backward
+// Backward: dgate = dout * d out / d gate, dup = dout * d out / d up
 
 template <int N, typename T>
 __device__ __forceinline__ void swiglu_backward_in(const T* __restrict__ dout, index_t dout_stride,
@@ -72,18 +72,19 @@ __device__ __forceinline__ void swiglu_backward_in(const T* __restrict__ dout, i
       Lanes<N> ups = load<N>(u);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const GateUp gradient = swiglu_gradient<T>(grads[i], gates[i], ups[i]);
-        gates[i] = gradient.gate;
-        ups[i] = gradient.up;
+        const Swiglu at = swiglu<T>(gates[i], ups[i]);
+        gates[i] = grads[i] * at.by_gate;
+        ups[i] = grads[i] * at.by_up;
       }
       store<N>(dg, gates);
       store<N>(du, ups);
     } else {
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
-        const GateUp gradient = swiglu_gradient<T>(to_f32(d[i]), to_f32(g[i]), to_f32(u[i]));
-        dg[i] = from_f32<T>(gradient.gate);
-        du[i] = from_f32<T>(gradient.up);
+        const float grad = to_f32(d[i]);
+        const Swiglu at = swiglu<T>(to_f32(g[i]), to_f32(u[i]));
+        dg[i] = from_f32<T>(grad * at.by_gate);
+        du[i] = from_f32<T>(grad * at.by_up);
       }
     }
   });

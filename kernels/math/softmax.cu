@@ -11,6 +11,16 @@
 
 namespace fsmoe {
 
+// exp(x), for results that are stored as O.
+template <typename O>
+__device__ __forceinline__ float exponential(float x) {
+  if constexpr (is_narrow<O>) {
+    return fast_exp2(log2_e * x);
+  } else {
+    return expf(x);
+  }
+}
+
 // ----------------------------------------------------------------------------
 // Forward
 

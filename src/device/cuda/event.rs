@@ -19,7 +19,8 @@ impl Event {
     /// # Errors
     /// Whatever went wrong on the GPU since.
     pub fn is_done(&self) -> Result<bool> {
-        Ok(self.0.try_is_complete().map_err(CudaError::driver("asking whether an event has happened"))?)
+        let asked = self.0.context().bind_to_thread().and_then(|()| self.0.try_is_complete());
+        Ok(asked.map_err(CudaError::driver("asking whether an event has happened"))?)
     }
 
     /// Waits, on the host, until the GPU has passed it.

@@ -108,7 +108,7 @@ impl Pool {
         let size = rounded(bytes);
         let ptr = match self.take(size) {
             Some(ptr) => ptr,
-            None => self.from_driver(size)?,
+            None => self.ask_driver(size)?,
         };
         let owner = {
             let mut state = self.lock();
@@ -132,7 +132,7 @@ impl Pool {
         ptr
     }
 
-    fn from_driver(&self, size: usize) -> Result<sys::CUdeviceptr, CudaError> {
+    fn ask_driver(&self, size: usize) -> Result<sys::CUdeviceptr, CudaError> {
         let action = || format!("allocating {size} bytes of device memory ({:?})", self.usage());
         self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
         // SAFETY: a plain allocation; the block is owned by this pool from here on.
