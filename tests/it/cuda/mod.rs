@@ -12,6 +12,7 @@ mod graph;
 mod math;
 mod memory;
 mod order;
+mod routing_times;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
