@@ -16,6 +16,7 @@ mod memory;
 mod model;
 mod optim;
 mod order;
+mod routing_times;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
