@@ -45,6 +45,25 @@ impl Lane {
         Lane::new(Arc::new(cpu::Cpu), LaneKind::Compute)
     }
 
+    /// A compute lane of GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// If there is no driver, no such GPU, no kernels in this build, or no cuBLAS.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Lane::new(Arc::new(cuda::Cuda::new(ordinal)?), LaneKind::Compute))
+    }
+
+    /// The compute lane of the device of this place.
+    ///
+    /// # Errors
+    /// As [`Lane::cuda`].
+    pub fn at(place: Place) -> Result<Self> {
+        match place {
+            Place::Cpu => Ok(Lane::cpu()),
+            Place::Cuda(ordinal) => Lane::cuda(ordinal),
+        }
+    }
+
     /// Which queue this is.
     pub fn kind(&self) -> LaneKind {
         self.kind

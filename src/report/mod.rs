@@ -9,5 +9,5 @@ mod table;
 pub use bars::load_bars;
 pub use loss_svg::{LossCurves, loss_svg};
 pub use num::{bytes, count, percent, seconds};
-pub use summary::Summary;
+pub use summary::{DeviceUse, Summary};
 pub use table::{Align, Table};

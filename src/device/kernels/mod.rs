@@ -26,7 +26,7 @@ pub use choice::{ChoiceRule, Chosen, ChosenGrad, SUM_EPS, Score, Slots};
 pub use expert::{ExpertKernels, Gelu};
 pub use gate::{ExpertGroups, GateKernels};
 pub use math::MathKernels;
-pub use memory::MemoryKernels;
+pub use memory::{DeviceInfo, MemoryKernels};
 pub use model::{AttentionShape, ModelKernels, Rope};
 pub use optim::{AdamW, AdamWItem, OptimKernels};
 pub use order::{OrderKernels, RowIndex, block_rows};

@@ -14,6 +14,7 @@ mod memory;
 mod model;
 mod optim;
 mod order;
+mod train;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
