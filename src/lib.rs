@@ -48,6 +48,7 @@
 //! ```
 
 pub mod autograd;
+pub mod bench;
 pub mod device;
 mod error;
 pub mod fsio;

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, no logic.
 
+mod bench;
 mod doctor;
 mod sample;
 mod train;
@@ -22,6 +23,8 @@ enum Command {
     Train(Box<train::Args>),
     /// Continue a prompt with a trained model
     Sample(sample::Args),
+    /// Time the MoE layer, or its kernels, beside what the device can do at most
+    Bench(Box<bench::Args>),
     /// Tell what this machine has, and what fsmoe will use
     Doctor(doctor::Args),
 }
@@ -31,6 +34,7 @@ impl Cli {
         match self.command {
             Command::Train(args) => args.run(),
             Command::Sample(args) => args.run(),
+            Command::Bench(args) => args.run(),
             Command::Doctor(args) => args.run(),
         }
     }

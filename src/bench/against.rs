@@ -1,0 +1,256 @@
+//! Somebody else's kernel in the place of ours: built, checked against the CPU, timed beside ours.
+
+use super::kernels::{Case, KernelRow, Overrides, Sizes};
+use super::{Bench, Ceiling, Theirs, Work};
+use crate::device::cpu::Cpu;
+use crate::device::{Kernels, Lane};
+use crate::error::{Error, Result, config_err, shape_err};
+use crate::tensor::{DType, Tensor};
+
+/// Shapes that results are checked on.
+const SHAPES: u64 = 8;
+
+/// Checks `cases` with somebody's kernels, and times those that are right beside ours, in turn; each row goes to `emit`.
+///
+/// # Errors
+/// If an override fits no case, or none of somebody's kernels is one that a case launches; otherwise the first failure,
+/// a wrong result among them, once the other cases are done: a row has it too.
+pub fn run(
+    bench: &mut Bench,
+    theirs: &Theirs,
+    cases: &[&Case],
+    dtype: DType,
+    overrides: &Overrides,
+    ceiling: &Ceiling,
+    emit: &mut dyn FnMut(KernelRow) -> Result<()>,
+) -> Result<()> {
+    let mut failure = None;
+    for case in cases {
+        let sizes = case.benchmarked(bench.is_cpu(), overrides)?;
+        if let Err(error) = run_case(bench, theirs, case, &sizes, dtype, ceiling, emit) {
+            let row = KernelRow::new(bench, case, &sizes, dtype, "eager");
+            emit(KernelRow { implementation: theirs.name.clone(), error: Some(error.to_string()), ..row })?;
+            failure = failure.or(Some(error));
+        }
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+fn run_case(
+    bench: &mut Bench,
+    theirs: &Theirs,
+    case: &Case,
+    sizes: &Sizes,
+    dtype: DType,
+    ceiling: &Ceiling,
+    emit: &mut dyn FnMut(KernelRow) -> Result<()>,
+) -> Result<()> {
+    let ours = bench.lane().clone();
+    let (theirs_lane, name) = (theirs.lane.clone(), &theirs.name);
+    let before = (theirs.asked)();
+    let checked = check(case, &*theirs_lane, dtype);
+    let asked: Vec<(String, bool)> = (theirs.asked)().into_iter().filter(|a| !before.contains(a)).collect();
+    if !asked.iter().any(|(_, found)| *found) {
+        let launched: Vec<&str> = asked.iter().map(|(entry, _)| entry.as_str()).collect();
+        checked?;
+        config_err!(
+            "{name} has none of the entry points that {} launches in {dtype}: {}",
+            case.name,
+            if launched.is_empty() { "it launches no kernel of this crate".into() } else { launched.join(", ") }
+        );
+    }
+    let largest_error = checked?;
+
+    let tensors = case.tensors(&*ours, sizes, dtype)?;
+    let our_work = || (case.run)(&*ours, sizes, &tensors);
+    let their_work = || (case.run)(&*theirs_lane, sizes, &tensors);
+    let mut works = vec![Work::new(our_work), Work::new(their_work)];
+    let mut rows = vec![("fsmoe", "eager"), (name.as_str(), "eager")];
+    let works_of: [(&str, &dyn Fn() -> Result<()>); 2] = [("fsmoe", &our_work), (name, &their_work)];
+    for (name, work) in works_of {
+        // A kernel that cannot be captured has its eager time all the same.
+        if let Ok(Some(replay)) = bench.capture(work) {
+            works.push(Work::new(replay));
+            rows.push((name, "graph"));
+        }
+    }
+    let spreads = bench.time(&mut works)?;
+    drop(works);
+    for ((implementation, mode), time) in rows.into_iter().zip(spreads) {
+        let row = KernelRow::new(bench, case, sizes, dtype, mode).timed(case, sizes, dtype, ceiling, time);
+        let is_theirs = implementation != "fsmoe";
+        let replaced = asked.iter().filter(|(_, found)| *found).map(|(entry, _)| entry.clone()).collect();
+        emit(KernelRow {
+            implementation: implementation.to_owned(),
+            replaces: is_theirs.then_some(replaced),
+            largest_error: is_theirs.then_some(largest_error),
+            ..row
+        })?;
+    }
+    Ok(())
+}
+
+/// max|a − b| / max|b| must stay below this, outputs of the accumulation type included: they come from rounded data.
+pub fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-11,
+        DType::F32 | DType::I32 => 1e-5,
+        DType::F16 => 2e-3,
+        DType::BF16 => 1e-2,
+    }
+}
+
+/// Checks a case's results on `kernels` against the CPU's in f64, on random shapes, the smallest first, outputs poisoned
+/// beforehand, inputs rounded to `dtype`. Returns the largest error, relative to the largest right value of its tensor.
+///
+/// # Errors
+/// [`Error::Numeric`] with the first element that is wrong, or if two runs of one input differ; otherwise what running
+/// it gave.
+pub fn check(case: &Case, kernels: &dyn Kernels, dtype: DType) -> Result<f64> {
+    let mut worst = 0.0;
+    let mut seen: Vec<Sizes> = Vec::new();
+    for round in 0..SHAPES {
+        let sizes = case.random(round);
+        if !seen.contains(&sizes) {
+            worst = f64::max(worst, check_shape(case, kernels, &sizes, dtype)?);
+            seen.push(sizes);
+        }
+    }
+    Ok(worst)
+}
+
+fn check_shape(case: &Case, kernels: &dyn Kernels, sizes: &Sizes, dtype: DType) -> Result<f64> {
+    let host = Lane::cpu();
+    let args = (case.args)(sizes);
+    // Inputs made by other operations are made in f64, then rounded as the others are.
+    let wide = case.tensors(&Cpu, sizes, DType::F64)?;
+    let rounded = |n: usize| -> Result<Tensor> {
+        let to = args[n].dtype(dtype);
+        if to == DType::I32 { Ok(wide[n].clone()) } else { host.cast(&wide[n], to) }
+    };
+    let inputs = (0..args.len()).map(rounded).collect::<Result<Vec<_>>>()?;
+    let widen = |t: &Tensor| if t.dtype() == DType::I32 { Ok(t.clone()) } else { host.cast(t, DType::F64) };
+    let run = || -> Result<Vec<Tensor>> {
+        let mut tensors = Vec::new();
+        for input in &inputs {
+            let tensor = kernels.alloc(*input.shape(), input.dtype())?;
+            kernels.upload(input, &tensor)?;
+            tensors.push(tensor);
+        }
+        (case.run)(kernels, sizes, &tensors)?;
+        let mut results = Vec::new();
+        for (tensor, arg) in tensors.iter().zip(&args) {
+            let result = Tensor::host(*tensor.shape(), tensor.dtype());
+            if arg.is_written() {
+                kernels.download(tensor, &result)?;
+            }
+            results.push(result);
+        }
+        Ok(results)
+    };
+    let (first, second) = (run()?, run()?);
+    // Only now: an integer tensor is the oracle's own, whose run overwrites it.
+    let right = inputs.iter().map(widen).collect::<Result<Vec<_>>>()?;
+    (case.run)(&Cpu, sizes, &right)?;
+    let mut worst = 0.0;
+    for (n, arg) in args.iter().enumerate().filter(|(_, arg)| arg.is_written()) {
+        let what = format!("{} in {dtype} with {sizes}: tensor {n} {}", case.name, arg.shape);
+        if bytes(&first[n])? != bytes(&second[n])? {
+            return Err(Error::Numeric(format!("{what}: two runs on the same inputs differ")));
+        }
+        worst = f64::max(worst, compare(&what, &first[n], &right[n], tolerance(dtype))?);
+    }
+    Ok(worst)
+}
+
+fn bytes(t: &Tensor) -> Result<&[u8]> {
+    if !t.is_contiguous() {
+        shape_err!("{t:?} must be contiguous to be compared byte by byte");
+    }
+    // SAFETY: a contiguous host tensor that nothing writes to while the comparison borrows it.
+    Ok(unsafe { std::slice::from_raw_parts(t.ptr().cast_const(), t.elements() * t.dtype().size()) })
+}
+
+/// The largest error of `got` relative to the largest of `right`; integers must be equal.
+fn compare(what: &str, got: &Tensor, right: &Tensor, tolerance: f64) -> Result<f64> {
+    let wrong = |at: usize, got: String, right: String, by: String| {
+        Err(Error::Numeric(format!("{what}: element {at} is {got}, should be {right}{by}")))
+    };
+    if got.dtype() == DType::I32 {
+        let (got, right) = (got.to_vec::<i32>()?, right.to_vec::<i32>()?);
+        return match got.iter().zip(&right).position(|(a, b)| a != b) {
+            Some(at) => wrong(at, got[at].to_string(), right[at].to_string(), String::new()),
+            None => Ok(0.0),
+        };
+    }
+    let got = Lane::cpu().cast(got, DType::F64)?.to_vec::<f64>()?;
+    let right = right.to_vec::<f64>()?;
+    let largest = right.iter().fold(0.0_f64, |most, v| most.max(v.abs())).max(f64::MIN_POSITIVE);
+    let mut worst = 0.0_f64;
+    for (at, (a, b)) in got.iter().zip(&right).enumerate() {
+        let error = if a == b { 0.0 } else { (a - b).abs() / largest };
+        // A NaN, which a poisoned element left behind, is not within anything.
+        if error.is_nan() || error > tolerance {
+            let by = format!(": off by {error:.1e} of the largest, {largest:.3e}, where {tolerance:.0e} is allowed");
+            return wrong(at, a.to_string(), b.to_string(), by);
+        }
+        worst = worst.max(error);
+    }
+    Ok(worst)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::kernels::{cases, named};
+    use super::*;
+
+    /// Every case runs on random shapes, writes all its outputs, and gives in f32 what it gives in f64.
+    #[test]
+    fn every_case_agrees_with_itself_in_f32() {
+        for case in cases() {
+            let error = check(case, &Cpu, DType::F32).unwrap_or_else(|e| panic!("{e}"));
+            assert!(error < 1e-5, "{}: {error:e}", case.name);
+        }
+    }
+
+    #[test]
+    fn the_other_types_too() {
+        for (name, dtype) in [("swiglu_backward", DType::BF16), ("rms_norm", DType::F16), ("attention", DType::BF16)] {
+            check(named(Some(name)).unwrap()[0], &Cpu, dtype).unwrap();
+        }
+    }
+
+    fn broken(name: &str, run: fn(&dyn Kernels, &Sizes, &[Tensor]) -> Result<()>) -> String {
+        // The oracle is the CPU's operation too, so the break shows only where data is rounded: in f32, not in f64.
+        let case = Case { run, ..*named(Some(name)).unwrap()[0] };
+        check(&case, &Cpu, DType::F32).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn wrong_results_are_named() {
+        // An element that is not written.
+        let message = broken("gelu", |k, _, t| {
+            if t[0].dtype() == DType::F64 {
+                return k.copy(&t[0], &t[1]);
+            }
+            let n = t[0].elements();
+            let (x, y) = (t[0].reshape([n])?, t[1].reshape([n])?);
+            k.copy(&x.narrow(0, 0, n - 1)?, &y.narrow(0, 0, n - 1)?)
+        });
+        assert!(message.contains("gelu in f32 with R=1,H=1") && message.contains("element 0 is NaN"), "{message}");
+
+        // A wrong value.
+        let message = broken("add", |k, _, t| {
+            k.add(&t[0], &t[1], &t[2])?;
+            if t[0].dtype() == DType::F64 { Ok(()) } else { k.fill(&t[2].narrow(0, t[2].dim(0) - 1, 1)?, 7.0) }
+        });
+        assert!(message.contains("element 0 is 7, should be") && message.contains("allowed"), "{message}");
+
+        // A wrong index.
+        let message = broken("top_k", |k, _, t| {
+            k.top_k(&t[0], None, None, &t[1])?;
+            if t[0].dtype() == DType::F64 { Ok(()) } else { k.fill(&t[1].narrow(0, 0, 1)?, -3.0) }
+        });
+        assert!(message.contains("top_k in f32") && message.contains("element 0 is -3, should be 0"), "{message}");
+    }
+}

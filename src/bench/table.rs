@@ -1,0 +1,98 @@
+//! The rows as tables for people.
+
+use super::kernels::KernelRow;
+use super::layer::LayerRow;
+use crate::report::{Align, Table, bytes};
+
+/// Milliseconds with four significant digits.
+fn ms(value: f64) -> String {
+    let decimals = match value {
+        v if v >= 1000.0 => 0,
+        v if v >= 100.0 => 1,
+        v if v >= 10.0 => 2,
+        v if v >= 1.0 => 3,
+        _ => 4,
+    };
+    format!("{value:.decimals$}")
+}
+
+/// A table of layers' rows, with what failed below it.
+pub fn layer_table(rows: &[LayerRow]) -> String {
+    let mut columns = vec![Align::Left; 4];
+    columns.extend([Align::Right; 8]);
+    let mut table = Table::new(&columns).header([
+        "shape",
+        "impl",
+        "pass",
+        "mode",
+        "ms",
+        "p10–p90",
+        "TFLOP/s",
+        "dense ms",
+        "efficiency",
+        "floor ms",
+        "peak",
+        "load",
+    ]);
+    for row in rows {
+        let Some(f) = &row.figures else { continue };
+        table.row([
+            row.shape.clone(),
+            row.implementation.clone(),
+            row.pass.clone(),
+            row.mode.clone(),
+            ms(f.time.median_ms),
+            format!("{}–{}", ms(f.time.p10_ms), ms(f.time.p90_ms)),
+            format!("{:.1}", f.tflops),
+            ms(f.dense_ms),
+            format!("{:.3}", f.efficiency),
+            ms(f.floor_ms),
+            f.peak_bytes.map_or("–".into(), |n| bytes(n as f64)),
+            format!("{:.2} × mean", f.load_max_over_mean),
+        ]);
+    }
+    let errors = rows.iter().filter_map(|row| {
+        row.error.as_ref().map(|error| format!("{} {} {}: {error}\n", row.shape, row.pass, row.mode))
+    });
+    format!("{table}{}", errors.collect::<String>())
+}
+
+/// A table of operations' rows, with what failed below it.
+pub fn kernel_table(rows: &[KernelRow]) -> String {
+    let mut columns = vec![Align::Left; 4];
+    columns.extend([Align::Right; 7]);
+    let mut table = Table::new(&columns).header([
+        "operation",
+        "impl",
+        "shape",
+        "mode",
+        "µs",
+        "p10–p90",
+        "GB/s",
+        "TFLOP/s",
+        "floor µs",
+        "ratio",
+        "bound",
+    ]);
+    for row in rows {
+        let Some(f) = &row.figures else { continue };
+        let us = |v: f64| ms(v * 1e3);
+        table.row([
+            row.name.clone(),
+            row.implementation.clone(),
+            row.shape.clone(),
+            row.mode.clone(),
+            us(f.time.median_ms),
+            format!("{}–{}", us(f.time.p10_ms), us(f.time.p90_ms)),
+            format!("{:.0}", f.gb_per_s),
+            if f.flops > 0.0 { format!("{:.1}", f.tflops) } else { "–".into() },
+            us(f.ceiling_ms),
+            format!("{:.2}", f.ratio),
+            f.bound.clone(),
+        ]);
+    }
+    let errors = rows.iter().filter_map(|row| {
+        row.error.as_ref().map(|error| format!("{} {} {}: {error}\n", row.name, row.implementation, row.mode))
+    });
+    format!("{table}{}", errors.collect::<String>())
+}
