@@ -53,7 +53,7 @@ impl Bilinear {
 /// Calls `f` with every expert that has rows, its first row and the number of its rows, however they are split.
 fn for_experts(rows: &Rows, mut f: impl FnMut(usize, usize, usize) -> Result<()>) -> Result<()> {
     for e in 0..rows.split.experts() {
-        let range = rows.split.range(e);
+        let range = rows.split.range(e)?;
         if !range.is_empty() {
             f(e, range.start, range.len())?;
         }

@@ -30,9 +30,26 @@ pub enum Error {
     /// A device that is missing, or an operation on it that failed.
     #[error("{0}")]
     Device(String),
+    /// A collective that did not come about: which, in which group, and which rank failed or never came.
+    #[error("{0}")]
+    Comm(String),
     /// A value that is not finite, with where it first appeared.
     #[error("{0}")]
     Numeric(String),
+    /// A task of a graph that failed.
+    #[error("task {task}: {source}")]
+    Task {
+        /// The task's name.
+        task: String,
+        /// Why it failed.
+        source: Box<Error>,
+    },
+    /// Code that panicked where a panic must not spread; its message.
+    #[error("panicked: {0}")]
+    Panicked(String),
+    /// Work given up because something else failed: another lane, another rank. Says what.
+    #[error("cancelled: {0}")]
+    Cancelled(String),
     /// The user asked to stop; what had to be saved is saved.
     #[error("interrupted")]
     Interrupted,

@@ -3,12 +3,16 @@
 //!
 //! # Where things are
 //!
-//! Arrows point one way: tensor ← device ← autograd ← moe ← model ← train; report and the command on top.
+//! Arrows point one way: tensor ← device ← autograd ← moe ← model ← train; device ← engine ← schedule ← moe and
+//! device ← comm ← moe; report and the command on top.
 //!
 //! | module | holds |
 //! |---|---|
 //! | [`tensor`] | `DType`, `Shape`, `Layout`, `Storage`, `Tensor`; no arithmetic |
 //! | [`device`] | lanes, the [`Kernels`](device::Kernels) traits (every primitive operation), and what implements them: [`cpu`](device::cpu), the specification, and [`cuda`](device::cuda), the only place that names the CUDA driver |
+//! | [`comm`] | collectives among ranks, the groups that ranks are divided into, all-to-all algorithms; [`local`](comm::local), ranks as threads |
+//! | [`engine`] | `TaskGraph`, its executors (threads, a device's queues, the simulator), `Timeline`; knows nothing of MoE |
+//! | [`schedule`] | pure planning: costs and their fit, profiles, policies, the planner, plans and their graphs |
 //! | [`autograd`] | the tape, `Var`, parameters, and the differentiable operations over `Kernels` |
 //! | [`moe`] | the MoE layer: [`gate`](moe::gate), [`order`](moe::order), [`expert`](moe::expert), hooks, routing, and the layer that runs them |
 //! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |
@@ -49,7 +53,9 @@
 
 pub mod autograd;
 pub mod bench;
+pub mod comm;
 pub mod device;
+pub mod engine;
 mod error;
 pub mod fsio;
 pub mod model;
@@ -57,6 +63,7 @@ pub mod moe;
 mod named;
 pub mod report;
 pub mod rng;
+pub mod schedule;
 pub mod tensor;
 pub mod train;
 

@@ -33,11 +33,16 @@ pub struct Counter {
 }
 
 impl Counter {
-    /// 128 random bits for block `block`. The step and the purpose go into the key through one more Philox call, so that
-    /// all 64 bits of the step and of the block count.
-    fn block(&self, block: u64) -> [u32; 4] {
+    /// What addresses this stream: two words of key and two of the counter. The step and the purpose go into them
+    /// through one more Philox call, so that all 64 bits of the step and of the block count.
+    pub(crate) fn key(&self) -> [u32; 4] {
         let seed = [self.seed as u32, (self.seed >> 32) as u32];
-        let key = philox4x32(seed, [self.step as u32, (self.step >> 32) as u32, self.purpose as u32, 0x6673_6d6f]);
+        philox4x32(seed, [self.step as u32, (self.step >> 32) as u32, self.purpose as u32, 0x6673_6d6f])
+    }
+
+    /// 128 random bits for block `block`.
+    fn block(&self, block: u64) -> [u32; 4] {
+        let key = self.key();
         philox4x32([key[0], key[1]], [block as u32, (block >> 32) as u32, key[2], key[3]])
     }
 

@@ -50,7 +50,7 @@ pub(crate) fn train(name: &str, layer: &MoeLayer) -> Result<()> {
         let adamw = AdamW { lr: 0.01, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.0, step };
         for (i, p) in parameters.iter().enumerate() {
             lane.adamw(adamw, &one, p.value(), &m[i], &v[i], p.grad())?;
-            p.zero_grad(&lane)?;
+            p.zero_grad();
         }
         layer.after_step(&lane)?;
     }

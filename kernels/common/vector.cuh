@@ -17,18 +17,23 @@ struct Lanes {
   __device__ __forceinline__ float operator[](int i) const { return v[i]; }
 };
 
-// Loads N elements: one 16-byte transaction for a full vector (`from` must then be 16-byte aligned), or a single element.
+// Loads N elements: a single one, or 16-byte transactions of `vector_width` each (`from` must then be 16-byte aligned).
+// Two of them let types of different widths take the same number of elements.
 template <int N, typename T>
 __device__ __forceinline__ Lanes<N> load(const T* from) {
-  static_assert(N == 1 || N == vector_width<T>, "a load is one element or 16 bytes");
+  constexpr int width = vector_width<T>;
+  static_assert(N == 1 || N % width == 0, "a load is one element or a multiple of 16 bytes");
   Lanes<N> lanes;
   if constexpr (N == 1) {
     lanes[0] = to_f32(*from);
   } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
-    const T* elements = reinterpret_cast<const T*>(&raw);
 #pragma unroll
-    for (int i = 0; i < N; ++i) lanes[i] = to_f32(elements[i]);
+    for (int at = 0; at < N; at += width) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(from + at);
+      const T* elements = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+      for (int i = 0; i < width; ++i) lanes[at + i] = to_f32(elements[i]);
+    }
   }
   return lanes;
 }
@@ -36,16 +41,46 @@ __device__ __forceinline__ Lanes<N> load(const T* from) {
 // Stores N elements, rounded to T; the same rule for `to`.
 template <int N, typename T>
 __device__ __forceinline__ void store(T* to, const Lanes<N>& lanes) {
-  static_assert(N == 1 || N == vector_width<T>, "a store is one element or 16 bytes");
+  constexpr int width = vector_width<T>;
+  static_assert(N == 1 || N % width == 0, "a store is one element or a multiple of 16 bytes");
   if constexpr (N == 1) {
     *to = from_f32<T>(lanes[0]);
   } else {
-    uint4 raw;
-    T* elements = reinterpret_cast<T*>(&raw);
 #pragma unroll
-    for (int i = 0; i < N; ++i) elements[i] = from_f32<T>(lanes[i]);
-    *reinterpret_cast<uint4*>(to) = raw;
+    for (int at = 0; at < N; at += width) {
+      uint4 raw;
+      T* elements = reinterpret_cast<T*>(&raw);
+#pragma unroll
+      for (int i = 0; i < width; ++i) elements[i] = from_f32<T>(lanes[at + i]);
+      *reinterpret_cast<uint4*>(to + at) = raw;
+    }
   }
+}
+
+// As `load` and `store`, one element at a time unless `aligned`: what sums must take the same elements in the same order
+// wherever they lie.
+template <int N, typename T>
+__device__ __forceinline__ Lanes<N> load_either(const T* from, bool aligned) {
+  if (aligned) return load<N>(from);
+  Lanes<N> lanes;
+#pragma unroll
+  for (int i = 0; i < N; ++i) lanes[i] = to_f32(from[i]);
+  return lanes;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store_either(T* to, const Lanes<N>& lanes, bool aligned) {
+  if (aligned) {
+    store<N>(to, lanes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = from_f32<T>(lanes[i]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
 // Whether every row of a matrix starts on a 16-byte boundary.

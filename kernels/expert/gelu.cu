@@ -6,50 +6,12 @@
 //   gelu_tanh_backward_{...}(dy, x, dx, n)           GPT-2's form, which Hugging Face calls gelu_new
 //
 // Bound by memory: 2 values moved per result forward, 3 backward. Any n and any alignment; 16-byte aligned buffers are
-// moved in 16-byte vectors. The output must not overlap an input.
+// moved in 16-byte vectors. The output overlaps no input, except that dx may be dy.
 
-#include "common/math.cuh"
 #include "common/vector.cuh"
+#include "expert/activation.cuh"
 
 namespace fsmoe {
-
-// ----------------------------------------------------------------------------
-// The two forms: a value and a derivative, in f32, for results that are stored as T.
-
-template <typename T>
-struct GeluErf {
-  static constexpr float inv_sqrt_2 = 0.70710678118654752f;
-  static constexpr float inv_sqrt_2pi = 0.39894228040143268f;
-
-  __device__ __forceinline__ static float value(float x) { return x * cdf(x); }
-  __device__ __forceinline__ static float derivative(float x) {
-    const float square = -0.5f * x * x;
-    const float density = inv_sqrt_2pi * (is_narrow<T> ? __expf(square) : expf(square));
-    return cdf(x) + x * density;
-  }
-
- private:
-  __device__ __forceinline__ static float cdf(float x) { return 0.5f + 0.5f * erff(x * inv_sqrt_2); }
-};
-
-// (1 + tanh(u)) / 2 is sigmoid(2u): one exponential, and none of the cancellation near -1.
-template <typename T>
-struct GeluTanh {
-  static constexpr float two_sqrt_2_over_pi = 1.59576912160573071f;
-  static constexpr float cubic = 0.044715f;
-
-  __device__ __forceinline__ static float value(float x) { return x * cdf(x); }
-  __device__ __forceinline__ static float derivative(float x) {
-    const float s = cdf(x);
-    const float du = two_sqrt_2_over_pi * (1.0f + 3.0f * cubic * x * x);
-    return s + x * s * (1.0f - s) * du;
-  }
-
- private:
-  __device__ __forceinline__ static float cdf(float x) {
-    return sigmoid<T>(two_sqrt_2_over_pi * x * (1.0f + cubic * x * x));
-  }
-};
 
 // ----------------------------------------------------------------------------
 // Forward: y = f(x)
@@ -82,8 +44,7 @@ __device__ __forceinline__ void gelu_forward(const T* x, T* y, index_t n) {
 // Backward: dx = dy * f'(x)
 
 template <typename Gelu, int N, typename T>
-__device__ __forceinline__ void gelu_backward_in(const T* __restrict__ dy, const T* __restrict__ x,
-                                                 T* __restrict__ dx, index_t n) {
+__device__ __forceinline__ void gelu_backward_in(const T* dy, const T* __restrict__ x, T* dx, index_t n) {
   for_each_vector<N>(1, n, [&](index_t, index_t at, int count) {
     if (count == N) {
       const Lanes<N> grad = load<N>(dy + at);

@@ -12,18 +12,13 @@
 // every row of every tensor starts on a 16-byte boundary they are moved in 16-byte vectors. No output may overlap another
 // tensor's elements (the halves of one buffer do not).
 
-#include "common/math.cuh"
 #include "common/vector.cuh"
+#include "expert/activation.cuh"
 
 namespace fsmoe {
 
 // ----------------------------------------------------------------------------
 // Forward
-
-template <typename T>
-__device__ __forceinline__ float swiglu_value(float gate, float up) {
-  return gate * sigmoid<T>(gate) * up;
-}
 
 template <int N, typename T>
 __device__ __forceinline__ void swiglu_forward_in(const T* __restrict__ gate, index_t gate_stride,
@@ -37,11 +32,11 @@ __device__ __forceinline__ void swiglu_forward_in(const T* __restrict__ gate, in
       const Lanes<N> gates = load<N>(g);
       Lanes<N> lanes = load<N>(u);
 #pragma unroll
-      for (int i = 0; i < N; ++i) lanes[i] = swiglu_value<T>(gates[i], lanes[i]);
+      for (int i = 0; i < N; ++i) lanes[i] = swiglu<T>(gates[i], lanes[i]).value;
       store<N>(o, lanes);
     } else {
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) o[i] = from_f32<T>(swiglu_value<T>(to_f32(g[i]), to_f32(u[i])));
+      for (int i = 0; i < count; ++i) o[i] = from_f32<T>(swiglu<T>(to_f32(g[i]), to_f32(u[i])).value);
     }
   });
 }
@@ -57,17 +52,7 @@ __device__ __forceinline__ void swiglu_forward(const T* gate, index_t gate_strid
 }
 
 // ----------------------------------------------------------------------------
-// Backward, with s = sigmoid(gate): dup = dout * gate * s, dgate = dout * up * s * (1 + gate * (1 - s))
-
-struct GateUp {
-  float gate, up;
-};
-
-template <typename T>
-__device__ __forceinline__ GateUp swiglu_gradient(float dout, float gate, float up) {
-  const float s = sigmoid<T>(gate);
-  return {dout * up * s * (1.0f + gate * (1.0f - s)), dout * gate * s};
-}
+// Backward: dgate = dout * d out / d gate, dup = dout * d out / d up
 
 template <int N, typename T>
 __device__ __forceinline__ void swiglu_backward_in(const T* __restrict__ dout, index_t dout_stride,
@@ -87,18 +72,19 @@ __device__ __forceinline__ void swiglu_backward_in(const T* __restrict__ dout, i
       Lanes<N> ups = load<N>(u);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const GateUp gradient = swiglu_gradient<T>(grads[i], gates[i], ups[i]);
-        gates[i] = gradient.gate;
-        ups[i] = gradient.up;
+        const Swiglu at = swiglu<T>(gates[i], ups[i]);
+        gates[i] = grads[i] * at.by_gate;
+        ups[i] = grads[i] * at.by_up;
       }
       store<N>(dg, gates);
       store<N>(du, ups);
     } else {
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
-        const GateUp gradient = swiglu_gradient<T>(to_f32(d[i]), to_f32(g[i]), to_f32(u[i]));
-        dg[i] = from_f32<T>(gradient.gate);
-        du[i] = from_f32<T>(gradient.up);
+        const float grad = to_f32(d[i]);
+        const Swiglu at = swiglu<T>(to_f32(g[i]), to_f32(u[i]));
+        dg[i] = from_f32<T>(grad * at.by_gate);
+        du[i] = from_f32<T>(grad * at.by_up);
       }
     }
   });

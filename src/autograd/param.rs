@@ -6,6 +6,7 @@ use crate::rng::{Counter, Purpose};
 use crate::tensor::{DType, Shape, Tensor};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The ranks over which a parameter's gradient is summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,13 +24,16 @@ pub struct Parameter(Arc<Inner>);
 struct Inner {
     name: String,
     value: Tensor,
+    lane: Lane,
     grad: Tensor,
+    /// The gradient is zero by decree: its memory holds anything, and whoever writes first need not add.
+    fresh: AtomicBool,
     group: ReduceGroup,
     decay: bool,
 }
 
 impl Parameter {
-    /// A parameter with a zero gradient of its own dtype. `decay`: whether weight decay applies (matrices, not norms).
+    /// A parameter with a zero gradient of its own dtype, both used on `lane`. `decay`: whether weight decay applies (matrices, not norms).
     ///
     /// # Errors
     /// If the device has no memory left for the gradient.
@@ -37,8 +41,8 @@ impl Parameter {
         if !value.is_contiguous() || !value.dtype().is_float() {
             shape_err!("a parameter is a contiguous float tensor, not {value:?}");
         }
-        let grad = lane.zeros(*value.shape(), value.dtype())?;
-        Ok(Parameter(Arc::new(Inner { name: name.into(), value, grad, group, decay })))
+        let (grad, fresh) = (lane.empty(*value.shape(), value.dtype())?, AtomicBool::new(true));
+        Ok(Parameter(Arc::new(Inner { name: name.into(), value, lane: lane.clone(), grad, fresh, group, decay })))
     }
 
     /// Its name, unique in a model, as checkpoints have it.
@@ -53,7 +57,19 @@ impl Parameter {
 
     /// The gradient, same shape; backward adds to it.
     pub fn grad(&self) -> &Tensor {
-        &self.0.grad
+        let (grad, beta) = self.grad_to_write();
+        if beta == 0.0 {
+            // A device that cannot fill cannot do what comes next either, and will say so then.
+            let _ = self.0.lane.fill(grad, 0.0);
+        }
+        grad
+    }
+
+    /// The gradient for an operation that writes all of it, with the factor of what it holds: 0 for the first one since
+    /// [`Parameter::zero_grad`], which saves a pass over memory, then 1.
+    pub fn grad_to_write(&self) -> (&Tensor, f64) {
+        let fresh = self.0.fresh.swap(false, Ordering::Relaxed);
+        (&self.0.grad, if fresh { 0.0 } else { 1.0 })
     }
 
     /// The ranks its gradient is summed over.
@@ -71,12 +87,9 @@ impl Parameter {
         self.0.value.elements()
     }
 
-    /// Sets the gradient to zero.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn zero_grad(&self, lane: &Lane) -> Result<()> {
-        lane.fill(self.grad(), 0.0)
+    /// Sets the gradient to zero. Nothing is written yet: see [`Parameter::grad_to_write`].
+    pub fn zero_grad(&self) {
+        self.0.fresh.store(true, Ordering::Relaxed);
     }
 }
 

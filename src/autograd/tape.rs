@@ -104,7 +104,10 @@ impl Sink {
         let (out, beta) = match &self.dest {
             Dest::Nowhere => return Ok(None),
             Dest::Tape(_) => (self.empty(lane)?, 0.0),
-            Dest::Param(p) => (p.grad().clone(), 1.0),
+            Dest::Param(p) => {
+                let (grad, beta) = p.grad_to_write();
+                (grad.clone(), beta)
+            }
         };
         let c = if a.rank() == 2 && b.rank() == 2 { out.reshape([a.dim(0), b.dim(1)])? } else { out.clone() };
         lane.gemm(1.0, a, b, beta, &c)?;

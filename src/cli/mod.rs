@@ -2,6 +2,7 @@
 
 mod bench;
 mod doctor;
+mod plan;
 mod sample;
 mod train;
 
@@ -25,6 +26,8 @@ enum Command {
     Sample(sample::Args),
     /// Time the MoE layer, or its kernels, beside what the device can do at most
     Bench(Box<bench::Args>),
+    /// Compare schedules of a model on a cluster, by its measured costs
+    Plan(Box<plan::Args>),
     /// Tell what this machine has, and what fsmoe will use
     Doctor(doctor::Args),
 }
@@ -35,6 +38,7 @@ impl Cli {
             Command::Train(args) => args.run(),
             Command::Sample(args) => args.run(),
             Command::Bench(args) => args.run(),
+            Command::Plan(args) => args.run(),
             Command::Doctor(args) => args.run(),
         }
     }

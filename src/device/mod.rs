@@ -1,9 +1,12 @@
 //! Devices, the lanes that work is issued on, and the primitive operations.
 
+mod check;
+mod choice;
 pub mod cpu;
 pub mod cuda;
 mod kernels;
 
+pub use choice::DeviceChoice;
 pub use kernels::*;
 
 use crate::error::Result;
@@ -40,6 +43,25 @@ impl Lane {
     /// The compute lane of the host's processor.
     pub fn cpu() -> Self {
         Lane::new(Arc::new(cpu::Cpu), LaneKind::Compute)
+    }
+
+    /// A compute lane of GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// If there is no driver, no such GPU, no kernels in this build, or no cuBLAS.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Lane::new(Arc::new(cuda::Cuda::new(ordinal)?), LaneKind::Compute))
+    }
+
+    /// The compute lane of the device of this place.
+    ///
+    /// # Errors
+    /// As [`Lane::cuda`].
+    pub fn at(place: Place) -> Result<Self> {
+        match place {
+            Place::Cpu => Ok(Lane::cpu()),
+            Place::Cuda(ordinal) => Lane::cuda(ordinal),
+        }
     }
 
     /// Which queue this is.

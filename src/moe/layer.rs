@@ -4,9 +4,12 @@ use super::Assignment;
 use super::expert::{self, ExpertKind};
 use super::gate::{self, GateKind, SigmoidOptions};
 use super::order::OrderKind;
-use super::{Capacity, Expert, Gate, GateContext, Hook, Hooks, Order, Routing, RoutingGrad, Rows, Saved, StepContext};
+use super::{
+    Capacity, Expert, FusedExpert, Gate, GateContext, Hook, Hooks, Order, Routing, RoutingGrad, Rows, Saved,
+    SparseOrder, StepContext,
+};
 use crate::autograd::{Init, Parameter, Tape, Var};
-use crate::device::{Gelu, Lane};
+use crate::device::{Gelu, Lane, RowWeights};
 use crate::error::{Result, config_err, shape_err};
 use crate::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -58,6 +61,9 @@ pub struct MoeConfig {
     pub gelu: Gelu,
     /// Standard deviation of the initial weights.
     pub init_std: f64,
+    /// The backward computes the experts' inner products again rather than keeping them: less memory, a third more work in
+    /// the experts' forward.
+    pub recompute: bool,
     /// Standard deviation of the experts' output matrix w2, where it differs (GPT-2's residual scaling).
     pub output_std: Option<f64>,
 }
@@ -86,6 +92,7 @@ impl Default for MoeConfig {
             soft_slots: 1,
             gelu: Gelu::Erf,
             init_std: 0.02,
+            recompute: false,
             output_std: None,
         }
     }
@@ -297,8 +304,8 @@ struct Run {
     x: Tensor,
     /// What the experts were given.
     rows: Rows,
-    /// (R, M): what the order combined.
-    out: Tensor,
+    /// (R, M): what the order combined; none where the experts take the combine's part of the backward.
+    out: Option<Tensor>,
     gate: Saved,
     order: Saved,
     expert: Saved,
@@ -316,7 +323,7 @@ impl Inner {
         // looks at other tokens in any case has a fixed number of rows.
         let dropless = !step.train && !self.gate.sees_other_tokens();
         let capacity = if dropless { Capacity::Dropless } else { self.config.capacity };
-        GateContext { lane, groups: self.config.groups, capacity, step }
+        GateContext { lane, groups: self.config.groups, capacity, exact_capacity: self.order.pads(), step }
     }
 
     fn forward(&self, lane: &Lane, x: &Tensor, step: StepContext) -> Result<(Tensor, Run)> {
@@ -324,7 +331,7 @@ impl Inner {
         let (x, before_moe_start) = hook_forward(&hooks.before_moe_start, lane, x)?;
         let (routing, gate) = self.gate.forward(&self.gate_context(lane, step), &x)?;
 
-        let (Rows { data, split }, order) = self.order.dispatch(lane, &routing, &x)?;
+        let (Rows { data, split }, order) = self.dispatch(lane, &routing, &x)?;
         let (data, before_dispatch) = hook_forward(&hooks.before_dispatch, lane, &data)?;
         let (data, after_dispatch) = hook_forward(&hooks.after_dispatch, lane, &data)?;
 
@@ -336,6 +343,7 @@ impl Inner {
         let y = self.order.combine(lane, &routing, &order, &out)?;
         let (y, before_moe_end) = hook_forward(&hooks.before_moe_end, lane, &y)?;
 
+        let out = self.fused().is_none().then_some(out);
         let run = Run {
             step,
             routing,
@@ -353,6 +361,26 @@ impl Inner {
             before_moe_end,
         };
         Ok((y, run))
+    }
+
+    /// Order and experts where the experts take the combine's part of the backward: no hook stands between them then.
+    fn fused(&self) -> Option<(&dyn SparseOrder, &dyn FusedExpert)> {
+        let Hooks { before_combine, after_combine, .. } = &self.hooks;
+        match (before_combine, after_combine, self.order.sparse(), self.expert.fused()) {
+            (None, None, Some(order), Some(expert)) => Some((order, expert)),
+            _ => None,
+        }
+    }
+
+    fn dispatch(&self, lane: &Lane, routing: &Routing, x: &Tensor) -> Result<(Rows, Saved)> {
+        if let (Some((order, expert)), None, None) =
+            (self.fused(), &self.hooks.before_dispatch, &self.hooks.after_dispatch)
+            && let Some(block) = expert.row_block(lane, x.dtype())
+            && let Some(rows) = order.dispatch_blocks(lane, routing, x, block)?
+        {
+            return Ok(rows);
+        }
+        self.order.dispatch(lane, routing, x)
     }
 
     /// dx from the gradients of y and of the auxiliary loss, at least one of which is there.
@@ -385,11 +413,25 @@ impl Inner {
     fn backward_rows(&self, lane: &Lane, run: &Run, dy: &Tensor, dx: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let (hooks, routing) = (&self.hooks, &run.routing);
         let dy = hook_backward(&hooks.before_moe_end, lane, &run.before_moe_end, dy.clone())?;
-        let (d_out, d_combine) = self.order.combine_backward(lane, routing, &run.order, &run.out, &dy)?;
-        let d_out = hook_backward(&hooks.after_combine, lane, &run.after_combine, d_out)?;
-        let d_out = hook_backward(&hooks.before_combine, lane, &run.before_combine, d_out)?;
-
-        let (d_rows, saved) = self.expert.backward_data(lane, &run.rows, &run.expert, &d_out)?;
+        let (d_out, d_rows, d_combine, saved);
+        match (self.fused(), &run.out) {
+            (Some((order, expert)), _) => {
+                let (rows, weights) = order.gather_grad(lane, routing, &run.order, &dy)?;
+                let d_weights = lane.empty_like(&weights)?;
+                let row_weights = RowWeights { weights: &weights, d_weights: &d_weights };
+                (d_rows, saved) = expert.backward_data_weighted(lane, &run.rows, &run.expert, &rows, row_weights)?;
+                d_combine = order.weights_grad(lane, routing, &run.order, &d_weights)?;
+                d_out = rows;
+            }
+            (None, Some(out)) => {
+                let (d, d_weights) = self.order.combine_backward(lane, routing, &run.order, out, &dy)?;
+                let d = hook_backward(&hooks.after_combine, lane, &run.after_combine, d)?;
+                d_out = hook_backward(&hooks.before_combine, lane, &run.before_combine, d)?;
+                (d_rows, saved) = self.expert.backward_data(lane, &run.rows, &run.expert, &d_out)?;
+                d_combine = d_weights;
+            }
+            (None, None) => config_err!("the backward of a forward that another layer ran"),
+        }
 
         let d_rows = hook_backward(&hooks.after_dispatch, lane, &run.after_dispatch, d_rows)?;
         let d_rows = hook_backward(&hooks.before_dispatch, lane, &run.before_dispatch, d_rows)?;

@@ -16,9 +16,9 @@ pub use layer::{MoeConfig, MoeLayer, MoeOutput};
 pub use routing::{Assignment, Capacity, Routing, RoutingGrad, RoutingStats};
 
 use crate::autograd::Parameter;
-use crate::device::Lane;
-use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::device::{Lane, RowWeights, Segments};
+use crate::error::{Error, Result, config_err};
+use crate::tensor::{DType, Tensor};
 use std::any::Any;
 
 /// What a module's forward keeps for its backward.
@@ -55,6 +55,9 @@ pub struct GateContext<'a> {
     pub groups: usize,
     /// Rows per expert and group.
     pub capacity: Capacity,
+    /// With `*`: whether [`Routing::capacity`] must be the largest load, which takes a read from the device. Otherwise a
+    /// bound on it, T/G, may stand in.
+    pub exact_capacity: bool,
     /// The step.
     pub step: StepContext,
 }
@@ -117,7 +120,7 @@ pub struct Rows {
 }
 
 /// How rows are divided among experts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum RowSplit {
     /// As many for every expert: the padded layout (E, S, M).
     Even {
@@ -128,22 +131,35 @@ pub enum RowSplit {
     },
     /// `offsets[e]..offsets[e+1]`: no padding. E + 1 entries.
     Ragged(Vec<usize>),
+    /// As `Ragged` with the offsets, (E + 1) i32, on the device: see [`Segments::Device`]. Only experts that are
+    /// [`FusedExpert`] are given such rows.
+    Blocks(Tensor),
 }
 
 impl RowSplit {
     /// The number of experts.
     pub fn experts(&self) -> usize {
-        match self {
-            RowSplit::Even { experts, .. } => *experts,
-            RowSplit::Ragged(offsets) => offsets.len().saturating_sub(1),
-        }
+        self.segments().experts()
     }
 
     /// The rows of expert `e`.
-    pub fn range(&self, e: usize) -> std::ops::Range<usize> {
+    ///
+    /// # Errors
+    /// If the offsets are on the device.
+    pub fn range(&self, e: usize) -> Result<std::ops::Range<usize>> {
         match self {
-            RowSplit::Even { each, .. } => e * each..(e + 1) * each,
-            RowSplit::Ragged(offsets) => offsets[e]..offsets[e + 1],
+            RowSplit::Even { each, .. } => Ok(e * each..(e + 1) * each),
+            RowSplit::Ragged(offsets) => Ok(offsets[e]..offsets[e + 1]),
+            RowSplit::Blocks(_) => config_err!("rows of expert {e}: their offsets are on the device"),
+        }
+    }
+
+    /// The same for the grouped operations of a backend.
+    pub fn segments(&self) -> Segments<'_> {
+        match self {
+            RowSplit::Even { experts, each } => Segments::Even { experts: *experts, each: *each },
+            RowSplit::Ragged(offsets) => Segments::Host(offsets),
+            RowSplit::Blocks(offsets) => Segments::Device(offsets),
         }
     }
 }
@@ -152,6 +168,12 @@ impl RowSplit {
 pub trait Order: Send + Sync {
     /// Its name, as the command line has it.
     fn name(&self) -> &str;
+
+    /// Whether every expert's rows are padded to the capacity. If not, a capacity that drops nothing need not be exact
+    /// (see [`GateContext::exact_capacity`]).
+    fn pads(&self) -> bool {
+        true
+    }
 
     /// The expert rows of x: (T, M). An empty slot is a row of zeros.
     ///
@@ -191,6 +213,42 @@ pub trait Order: Send + Sync {
         rows: &Tensor,
         dy: &Tensor,
     ) -> Result<(Tensor, Tensor)>;
+
+    /// This order as one whose combine is a weighted sum of rows, if it is.
+    fn sparse(&self) -> Option<&dyn SparseOrder> {
+        None
+    }
+}
+
+/// An order that moves whole rows, so that the combine's backward can be left to the experts: with y the weighted sum of
+/// a token's rows, the gradient of a row is its weight times dy, and of a weight, the row's product with dy.
+pub trait SparseOrder: Order {
+    /// [`Order::dispatch`] to rows that lie as [`RowSplit::Blocks`], segments padded to a multiple of `block`; nothing is
+    /// read to the host. None if this order cannot lay out such a routing so.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn dispatch_blocks(
+        &self,
+        _lane: &Lane,
+        _routing: &Routing,
+        _x: &Tensor,
+        _block: usize,
+    ) -> Result<Option<(Rows, Saved)>> {
+        Ok(None)
+    }
+
+    /// The rows of dy (R, M), without weights, and every row's weight (R) acc, 0 for empty slots.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn gather_grad(&self, lane: &Lane, routing: &Routing, saved: &Saved, dy: &Tensor) -> Result<(Tensor, Tensor)>;
+
+    /// The gradient of the routing's weights from that of the rows' weights (R) acc.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn weights_grad(&self, lane: &Lane, routing: &Routing, saved: &Saved, d_weights: &Tensor) -> Result<Tensor>;
 }
 
 /// The experts' computation, all experts at once.
@@ -225,4 +283,30 @@ pub trait Expert: Send + Sync {
         d_out: &Tensor,
         saved_backward: &Saved,
     ) -> Result<()>;
+
+    /// These experts as ones that take the combine's part of the backward, if they do.
+    fn fused(&self) -> Option<&dyn FusedExpert> {
+        None
+    }
+}
+
+/// Experts whose backward takes the gradient of the weighted sum and the weights apart, and that take rows split as
+/// [`RowSplit::Blocks`].
+pub trait FusedExpert: Expert {
+    /// What [`crate::device::GroupedKernels::row_block`] says for these experts' widths.
+    fn row_block(&self, lane: &Lane, dtype: DType) -> Option<usize>;
+
+    /// [`Expert::backward_data`] for `dy`, the rows' gradient before it is multiplied by their weights; writes the
+    /// weights' gradient. [`Expert::backward_weights`] is then given the same `dy` and what this returns.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn backward_data_weighted(
+        &self,
+        lane: &Lane,
+        rows: &Rows,
+        saved: &Saved,
+        dy: &Tensor,
+        weights: RowWeights<'_>,
+    ) -> Result<(Tensor, Saved)>;
 }

@@ -13,7 +13,8 @@ use std::str::FromStr;
 pub enum Capacity {
     /// C = ceil(f·k·T/E), T the group's tokens; what exceeds it is dropped.
     Factor(f64),
-    /// `*`: nothing is dropped; C is the largest load over experts and groups (read from the device once per layer).
+    /// `*`: nothing is dropped; C is the largest load over experts and groups (read from the device once per layer) where
+    /// rows are padded to it, else a bound on it.
     Dropless,
 }
 

@@ -1,7 +1,7 @@
 //! AdamW over a model's parameters, with gradient clipping by global norm and a warm-up and cosine schedule.
 
 use crate::autograd::Parameter;
-use crate::device::{AdamW, Lane};
+use crate::device::{AdamW, AdamWItem, Lane};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
@@ -49,6 +49,8 @@ pub struct Optimizer {
     sum: Tensor,
     norm: Tensor,
     scale: Tensor,
+    /// Of the step under way, where a GPU reads them.
+    scalars: Tensor,
 }
 
 struct State {
@@ -76,7 +78,8 @@ impl Optimizer {
             .collect::<Result<Vec<_>>>()?;
         let acc = params.first().map_or(DType::F32, |p| p.m.dtype());
         let one = || lane.zeros([1], acc);
-        Ok(Optimizer { lane: lane.clone(), config, params, sum: one()?, norm: one()?, scale: one()? })
+        let scalars = lane.zeros([AdamW::SCALARS], acc)?;
+        Ok(Optimizer { lane: lane.clone(), config, params, sum: one()?, norm: one()?, scale: one()?, scalars })
     }
 
     /// The settings.
@@ -85,11 +88,8 @@ impl Optimizer {
     }
 
     /// Sets every gradient to zero.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn zero_grad(&self) -> Result<()> {
-        self.params.iter().try_for_each(|p| p.param.zero_grad(&self.lane))
+    pub fn zero_grad(&self) {
+        self.params.iter().for_each(|p| p.param.zero_grad());
     }
 
     /// Computes the global norm of the gradients times `grad_scale` (one over the number of accumulated micro-batches),
@@ -98,38 +98,55 @@ impl Optimizer {
     /// # Errors
     /// If the device fails, and [`Error::Numeric`] naming the parameter if a gradient is not finite.
     pub fn measure(&self, grad_scale: f64) -> Result<f64> {
-        self.lane.fill(&self.sum, 0.0)?;
-        for p in &self.params {
-            self.lane.dot(p.param.grad(), p.param.grad(), &self.sum)?;
-        }
-        self.lane.clip_scale(&self.sum, grad_scale, self.config.clip, &self.norm, &self.scale)?;
-        let norm = self.lane.scalar(&self.norm)?;
-        if !norm.is_finite() {
-            return Err(self.blame());
-        }
-        Ok(norm)
+        let norm = self.lane.scalar(self.clip(grad_scale, None)?)?;
+        if norm.is_finite() { Ok(norm) } else { Err(self.blame()) }
     }
 
-    /// One step with the learning rate of `step` (from 0), after [`Optimizer::measure`].
+    /// [`Optimizer::measure`] without waiting for the device: returns the norm where it will be, (1) acc. Where it, or one
+    /// of `losses`, is not finite, [`Optimizer::step`] will change nothing.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn clip(&self, grad_scale: f64, losses: Option<&Tensor>) -> Result<&Tensor> {
+        self.lane.fill(&self.sum, 0.0)?;
+        if let Some(losses) = losses {
+            // Nothing, or, of a loss that is not finite, what is no number.
+            let zeros = self.lane.zeros(*losses.shape(), losses.dtype())?;
+            self.lane.dot(losses, &zeros, &self.sum)?;
+        }
+        let grads: Vec<&Tensor> = self.params.iter().map(|p| p.param.grad()).collect();
+        self.lane.sum_squares_many(&grads, &self.sum)?;
+        self.lane.clip_scale(&self.sum, grad_scale, self.config.clip, &self.norm, &self.scale)?;
+        Ok(&self.norm)
+    }
+
+    /// One step with the learning rate of `step` (from 0), after [`Optimizer::measure`] or [`Optimizer::clip`].
     ///
     /// # Errors
     /// If the device fails.
     pub fn step(&mut self, step: u64) -> Result<()> {
-        for p in &self.params {
-            let settings = AdamW {
-                lr: self.config.lr_at(step),
-                beta1: self.config.beta1,
-                beta2: self.config.beta2,
-                eps: self.config.eps,
+        let settings = AdamW {
+            lr: self.config.lr_at(step),
+            beta1: self.config.beta1,
+            beta2: self.config.beta2,
+            eps: self.config.eps,
+            weight_decay: self.config.weight_decay,
+            step: step + 1,
+        };
+        let items: Vec<AdamWItem<'_>> = self
+            .params
+            .iter()
+            .map(|p| AdamWItem {
                 weight_decay: if p.param.decay() { self.config.weight_decay } else { 0.0 },
-                step: step + 1,
-            };
-            self.lane.adamw(settings, &self.scale, &p.master, &p.m, &p.v, p.param.grad())?;
-            if p.master.dtype() != p.param.value().dtype() {
-                self.lane.copy(&p.master, p.param.value())?;
-            }
-        }
-        Ok(())
+                weight: &p.master,
+                m: &p.m,
+                v: &p.v,
+                grad: p.param.grad(),
+                copy: (p.master.dtype() != p.param.value().dtype()).then(|| p.param.value()),
+            })
+            .collect();
+        self.lane.adamw_scalars(settings, &self.scalars)?;
+        self.lane.adamw_many(settings, &self.scalars, &self.scale, &items)
     }
 
     /// The state a checkpoint keeps, by name: `m.NAME`, `v.NAME`, and `master.NAME` for 16-bit parameters.
@@ -147,7 +164,7 @@ impl Optimizer {
     }
 
     /// The error that names the first parameter whose gradient is not finite.
-    fn blame(&self) -> Error {
+    pub(super) fn blame(&self) -> Error {
         for p in &self.params {
             let host = self.lane.cast(p.param.grad(), DType::F64).and_then(|t| self.lane.to_host(&t));
             match host.and_then(|t| t.to_vec::<f64>()) {

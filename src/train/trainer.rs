@@ -105,7 +105,7 @@ impl Trainer {
     pub fn step(&mut self) -> Result<StepOutcome> {
         let micro = self.config.accumulate;
         let mut out = StepOutcome { lr: self.optimizer.config().lr_at(self.step), ..StepOutcome::default() };
-        self.optimizer.zero_grad()?;
+        self.optimizer.zero_grad();
         for m in 0..micro {
             let first_sample = (self.step * micro as u64 + m as u64) * self.config.batch as u64;
             let (ids, targets) = self.batch(first_sample)?;

@@ -3,12 +3,14 @@
 use crate::support::{check, random, values};
 use fsmoe::Result;
 use fsmoe::autograd::{Init, Parameter, Tape, Var};
-use fsmoe::device::{ExpertGroups, Gelu, Lane};
+use fsmoe::device::{ExpertGroups, Gelu, Lane, RowWeights};
 use fsmoe::moe::expert::ExpertKind;
 use fsmoe::moe::gate::{GateKind, SigmoidOptions};
 use fsmoe::moe::order::OrderKind;
-use fsmoe::moe::{Assignment, Capacity, Hook, Hooks, MoeConfig, MoeLayer, MoeOutput, Routing, Saved, StepContext};
-use fsmoe::moe::{expert, gate};
+use fsmoe::moe::{
+    Assignment, Capacity, Expert, FusedExpert, Hook, Hooks, MoeConfig, MoeLayer, MoeOutput, Routing, RowSplit, Rows,
+    Saved, StepContext, expert, gate,
+};
 use fsmoe::tensor::{DType, Tensor};
 use std::sync::{Arc, Mutex};
 
@@ -133,6 +135,76 @@ fn gradients_of_every_gate_option() {
     }
 }
 
+/// This crate's experts, asking for rows in segments of four.
+struct InBlocks(Box<dyn Expert>);
+
+impl Expert for InBlocks {
+    fn name(&self) -> &str {
+        "in blocks"
+    }
+    fn parameters(&self) -> Vec<Parameter> {
+        self.0.parameters()
+    }
+    fn forward(&self, lane: &Lane, rows: &Rows) -> Result<(Tensor, Saved)> {
+        assert!(matches!(rows.split, RowSplit::Blocks(_)), "{:?}", rows.split);
+        self.0.forward(lane, rows)
+    }
+    fn backward_data(&self, lane: &Lane, rows: &Rows, state: &Saved, d_out: &Tensor) -> Result<(Tensor, Saved)> {
+        self.0.backward_data(lane, rows, state, d_out)
+    }
+    fn backward_weights(&self, lane: &Lane, rows: &Rows, s: &Saved, d_out: &Tensor, b: &Saved) -> Result<()> {
+        self.0.backward_weights(lane, rows, s, d_out, b)
+    }
+    fn fused(&self) -> Option<&dyn FusedExpert> {
+        Some(self)
+    }
+}
+
+impl FusedExpert for InBlocks {
+    fn row_block(&self, _lane: &Lane, _dtype: DType) -> Option<usize> {
+        Some(4)
+    }
+    fn backward_data_weighted(
+        &self,
+        lane: &Lane,
+        rows: &Rows,
+        state: &Saved,
+        dy: &Tensor,
+        weights: RowWeights<'_>,
+    ) -> Result<(Tensor, Saved)> {
+        self.0.fused().unwrap().backward_data_weighted(lane, rows, state, dy, weights)
+    }
+}
+
+#[test]
+fn rows_in_blocks_give_what_ragged_rows_give() {
+    for kind in [ExpertKind::Gpt, ExpertKind::Mixtral] {
+        for (capacity, experts) in [(Capacity::Factor(0.7), 4), (Capacity::Dropless, 4), (Capacity::Dropless, 9)] {
+            let config = MoeConfig { capacity, experts, ..config(GateKind::TopK, OrderKind::Ragged, kind) };
+            let init = Init::new(&Lane::cpu(), DType::F64, 11);
+            let gate = gate::build(&init.child("gate"), &config).unwrap();
+            let blocks = Box::new(InBlocks(expert::build(&init.child("experts"), &config).unwrap()));
+            let order = config.order.build();
+            let blocks = MoeLayer::with_modules(config.clone(), gate, order, blocks, Hooks::default()).unwrap();
+            let (x, dy) = (random(1, [TOKENS, 4]), random(2, [TOKENS, 4]));
+            for (a, b) in results(&layer(&config), &x, &dy).iter().zip(results(&blocks, &x, &dy)) {
+                assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12), "{kind}, {capacity}, {experts} experts");
+            }
+            check_layer(&format!("{kind} in blocks"), &blocks);
+        }
+    }
+}
+
+#[test]
+fn recomputed_activations_change_nothing() {
+    for kind in [ExpertKind::Gpt, ExpertKind::Mixtral] {
+        let kept = config(GateKind::TopK, OrderKind::Tutel, kind);
+        let recomputed = MoeConfig { recompute: true, ..kept.clone() };
+        let (x, dy) = (random(1, [TOKENS, 4]), random(2, [TOKENS, 4]));
+        assert_eq!(results(&layer(&kept), &x, &dy), results(&layer(&recomputed), &x, &dy), "{kind}");
+    }
+}
+
 #[test]
 fn batch_prioritised_routing_drops_other_tokens() {
     let in_order = config(GateKind::TopK, OrderKind::Tutel, ExpertKind::Gpt);
@@ -150,7 +222,7 @@ fn a_clamped_x_moe_scale_has_no_gradient() {
     let lane = Lane::cpu();
     let logits_move = |value: f64| {
         lane.fill(log_scale.value(), value).unwrap();
-        log_scale.zero_grad(&lane).unwrap();
+        log_scale.zero_grad();
         let tape = Tape::new(&lane);
         let out = layer.forward(&tape, &tape.leaf(x.clone()), STEP).unwrap();
         tape.backward(&[(&out.y, random(6, [TOKENS, 4]))]).unwrap();

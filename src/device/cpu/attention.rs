@@ -1,11 +1,11 @@
 //! Causal attention in blocks of queries: a block sees only the keys up to its last query, so half the square is never
 //! computed.
 
+use super::Cpu;
 use super::gemm::{Matrix, Sizes, product};
-use super::util::{Real, Shared, acc_type, expect, input, max, output, sum};
-use super::{Cpu, math};
-use crate::device::{AttentionShape, MemoryKernels};
-use crate::error::{Result, shape_err};
+use super::util::{Real, Shared, acc_type, input, max, output, sum};
+use crate::device::{AttentionShape, MemoryKernels, check};
+use crate::error::Result;
 use crate::tensor::Tensor;
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -15,10 +15,8 @@ use std::borrow::Cow;
 const QUERIES: usize = 64;
 
 pub(super) fn forward(s: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, out: &Tensor, lse: &Tensor) -> Result<()> {
-    check("attention", s, &[q, out], &[k, v], lse)?;
-    for (input, out) in [q, k, v].into_iter().flat_map(|t| [(t, out), (t, lse)]) {
-        math::apart("attention", input, out)?;
-    }
+    check::attention("attention", s, &[q, out], &[k, v], lse)?;
+    check::all_apart("attention", &[q, k, v], &[out, lse])?;
     let [q, k, v] = [wide(q)?, wide(k)?, wide(v)?];
     let wide_out = wide_output(out);
     acc_type!("attention", q.dtype(), A => {
@@ -57,13 +55,8 @@ pub(super) fn backward(
     lse: &Tensor,
     [dq, dk, dv]: [&Tensor; 3],
 ) -> Result<()> {
-    check("attention_backward", s, &[q, out, d_out, dq], &[k, v, dk, dv], lse)?;
-    for to in [dq, dk, dv] {
-        [q, k, v, out, d_out, lse].into_iter().try_for_each(|t| math::apart("attention_backward", t, to))?;
-    }
-    for (a, b) in [(dq, dk), (dq, dv), (dk, dv)] {
-        math::apart("attention_backward", a, b)?;
-    }
+    check::attention("attention_backward", s, &[q, out, d_out, dq], &[k, v, dk, dv], lse)?;
+    check::all_apart("attention_backward", &[q, k, v, out, d_out, lse], &[dq, dk, dv])?;
     let [q, k, v, out, d_out] = [wide(q)?, wide(k)?, wide(v)?, wide(out)?, wide(d_out)?];
     let (wide_dq, wide_dk, wide_dv) = (wide_output(dq), wide_output(dk), wide_output(dv));
     let group = s.heads / s.kv_heads;
@@ -197,18 +190,6 @@ fn wide_output(t: &Tensor) -> Tensor {
 
 fn narrow(from: &Tensor, to: &Tensor) -> Result<()> {
     if from.dtype() == to.dtype() { Ok(()) } else { Cpu.copy(from, to) }
-}
-
-fn check(op: &str, s: AttentionShape, like_q: &[&Tensor], like_k: &[&Tensor], lse: &Tensor) -> Result<()> {
-    if s.heads == 0 || s.kv_heads == 0 || !s.heads.is_multiple_of(s.kv_heads) || s.head_dim == 0 || s.seq == 0 {
-        shape_err!("{op}: {s:?}: key heads divide query heads, and no size is 0");
-    }
-    let dtype = like_q[0].dtype();
-    let (tokens, q, kv) = (s.batch * s.seq, s.heads * s.head_dim, s.kv_heads * s.head_dim);
-    like_q.iter().try_for_each(|t| expect(op, "a query tensor", t, &[tokens, q], dtype))?;
-    like_k.iter().try_for_each(|t| expect(op, "a key or value tensor", t, &[tokens, kv], dtype))?;
-    expect(op, "lse", lse, &[s.batch, s.heads, s.seq], dtype.accumulate())?;
-    math::same(op, like_q[0], like_q)
 }
 
 #[cfg(test)]

@@ -2,11 +2,14 @@
 
 use super::Cpu;
 use super::math::{PIECE, apart, same};
-use super::util::{Num, Real, distinct, float_type, for_rows, in_place, input, on_host, output};
-use crate::device::{ExpertKernels, Gelu};
+use super::util::{Num, Real, Shared, distinct, float_type, for_rows, in_place, input, on_host, output};
+use crate::device::check::{side_by_side, strided_rows, weighted};
+use crate::device::{ExpertKernels, Gelu, GroupedKernels, RowWeights};
 use crate::error::{Result, shape_err};
 use crate::tensor::{Element, Tensor};
 use rayon::prelude::*;
+
+impl GroupedKernels for Cpu {}
 
 impl ExpertKernels for Cpu {
     fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> {
@@ -44,7 +47,8 @@ impl ExpertKernels for Cpu {
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor, y: &Tensor) -> Result<()> {
-        check_rows("swiglu", y, &[gate, up])?;
+        strided_rows("swiglu", y, &[gate, up])?;
+        on_host("swiglu", &[gate, up])?;
         let width = y.rows().1;
         float_type!("swiglu", y.dtype(), T => {
             let (gate, up) = (Strided::<T>::new(gate), Strided::<T>::new(up));
@@ -59,7 +63,8 @@ impl ExpertKernels for Cpu {
     }
 
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, d_gate: &Tensor, d_up: &Tensor) -> Result<()> {
-        check_rows("swiglu_backward", dy, &[gate, up, d_gate, d_up])?;
+        strided_rows("swiglu_backward", dy, &[gate, up, d_gate, d_up])?;
+        on_host("swiglu_backward", &[gate, up, d_gate, d_up])?;
         let (rows, width) = dy.rows();
         for out in [d_gate, d_up] {
             distinct("swiglu_backward", out)?;
@@ -89,6 +94,93 @@ impl ExpertKernels for Cpu {
         });
         Ok(())
     }
+
+    fn gelu_backward_weighted(
+        &self,
+        form: Gelu,
+        x: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        dx: &Tensor,
+        act: &Tensor,
+    ) -> Result<()> {
+        let op = "gelu_backward_weighted";
+        weighted(op, &[x, dy], weights, &[dx, act])?;
+        float_type!("gelu_backward_weighted", x.dtype(), T => {
+            let (x, dy, width) = (input::<T>(x)?, input::<T>(dy)?, x.rows().1);
+            weighted_rows::<T, _>(weights, [dx, act], |r, weight, [dx, act]| {
+                let mut sum = Real::of(0.0);
+                let inputs = x[r * width..].iter().zip(&dy[r * width..]);
+                for ((dx, act), (x, dy)) in dx.iter_mut().zip(act).zip(inputs) {
+                    let (x, dy) = (x.get(), dy.get());
+                    let (value, slope) = match form {
+                        Gelu::Erf => (x * normal_cdf(x), erf_slope(x)),
+                        Gelu::Tanh => (x * tanh_cdf(x).0, tanh_slope(x)),
+                    };
+                    sum += dy * value;
+                    *dx = T::put(weight * dy * slope);
+                    *act = T::put(weight * value);
+                }
+                sum
+            })
+        })
+    }
+
+    fn swiglu_backward_weighted(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        d_gate: &Tensor,
+        d_up: &Tensor,
+        act: &Tensor,
+    ) -> Result<()> {
+        let op = "swiglu_backward_weighted";
+        weighted(op, &[gate, up, dy], weights, &[d_gate, d_up, act])?;
+        float_type!("swiglu_backward_weighted", gate.dtype(), T => {
+            let (g, u, dy, width) = (input::<T>(gate)?, input::<T>(up)?, input::<T>(dy)?, gate.rows().1);
+            weighted_rows::<T, _>(weights, [d_gate, d_up, act], |r, weight, [d_gate, d_up, act]| {
+                let mut sum = Real::of(0.0);
+                for (i, ((dg, du), act)) in d_gate.iter_mut().zip(d_up).zip(act).enumerate() {
+                    let at = r * width + i;
+                    let (g, u, dy) = (g[at].get(), u[at].get(), dy[at].get());
+                    let s = g.sigmoid();
+                    let (value, d) = (g * s * u, weight * dy);
+                    sum += dy * value;
+                    *dg = T::put(d * u * s * (1.0 + g * (1.0 - s)));
+                    *du = T::put(d * g * s);
+                    *act = T::put(weight * value);
+                }
+                sum
+            })
+        })
+    }
+}
+
+/// `row(r, weight, outputs' rows)` for every row, in parallel; what it returns is the gradient of the row's weight.
+fn weighted_rows<T: Num, const N: usize>(
+    weights: Option<RowWeights<'_>>,
+    outputs: [&Tensor; N],
+    row: impl Fn(usize, T::Acc, [&mut [T]; N]) -> T::Acc + Sync + Send,
+) -> Result<()> {
+    let (rows, width) = outputs[0].rows();
+    let given = weights.map(|w| input::<T::Acc>(w.weights)).transpose()?;
+    let written = weights.map(|w| output::<T::Acc>(w.d_weights)).transpose()?.map(|d| Shared(d.as_mut_ptr()));
+    for out in outputs {
+        output::<T>(out)?;
+    }
+    let outputs = outputs.map(Strided::<T>::new);
+    (0..rows).into_par_iter().with_min_len((4 * PIECE).div_ceil(width.max(1))).for_each(|r| {
+        let weight = given.map_or(T::Acc::of(1.0), |w| w[r]);
+        // SAFETY: a row belongs to one task; the outputs have no element in common (checked by the callers).
+        let sum = row(r, weight, outputs.each_ref().map(|out| unsafe { out.row_mut(r) }));
+        if let Some(d) = &written {
+            // SAFETY: r is below the length, which is that of the rows (checked), and belongs to this task.
+            unsafe { *d.at(r) = sum }
+        }
+    });
+    Ok(())
 }
 
 /// Φ(x), the normal distribution function.
@@ -114,17 +206,6 @@ fn tanh_cdf<A: Real>(x: A) -> (A, A) {
 fn tanh_slope<A: Real>(x: A) -> A {
     let (cdf, du) = tanh_cdf(x);
     cdf + x * A::of(2.0) * cdf * (A::one() - cdf) * du
-}
-
-/// Whether two matrices are different columns of one wider buffer.
-fn side_by_side(a: &Tensor, b: &Tensor) -> bool {
-    let between = (a.ptr() as usize).abs_diff(b.ptr() as usize) / a.dtype().size();
-    match (a.layout().strides(), a.dim(1)) {
-        (&[stride, _], width) => {
-            a.layout().strides() == b.layout().strides() && width <= between && between + width <= stride
-        }
-        _ => false,
-    }
 }
 
 /// A matrix whose rows are contiguous, with a stride between them.
@@ -158,18 +239,6 @@ impl<T: Element> Strided<T> {
         // SAFETY: inside the tensor; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(r * self.stride), self.width) }
     }
-}
-
-/// Fails unless the tensors are rows of `like`'s shape and dtype: contiguous, or (R, H) with unit stride inside a row.
-fn check_rows(op: &str, like: &Tensor, others: &[&Tensor]) -> Result<()> {
-    same(op, like, others)?;
-    on_host(op, others)?;
-    for t in others {
-        if !t.is_contiguous() && (t.rank() != 2 || t.layout().strides()[1] != 1 || t.layout().strides()[0] < t.dim(1)) {
-            shape_err!("{op}: strides {:?} of {}: rows must be contiguous", t.layout().strides(), t.shape());
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

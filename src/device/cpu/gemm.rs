@@ -1,9 +1,9 @@
 //! Batched matrix products over any strides, through the `gemm` crate.
 
 use super::Cpu;
-use super::util::{acc_type, distinct, on_host};
-use crate::device::{MathKernels, MemoryKernels};
-use crate::error::{Result, shape_err};
+use super::util::{acc_type, on_host};
+use crate::device::{MathKernels, MemoryKernels, check};
+use crate::error::Result;
 use crate::tensor::Tensor;
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -98,7 +98,9 @@ impl Batch {
 
 /// [`MathKernels::gemm`].
 pub(super) fn gemm(alpha: f64, a: &Tensor, b: &Tensor, beta: f64, c: &Tensor) -> Result<()> {
-    let sizes = check(a, b, c)?;
+    on_host("gemm", &[a, b, c])?;
+    let [m, k, n] = check::gemm(a, b, c)?;
+    let sizes = Sizes { m, k, n };
     let acc = a.dtype().accumulate();
     if a.dtype() == acc {
         acc_type!("gemm", acc, T => run::<T>(sizes, alpha as T, a, b, beta as T, c));
@@ -118,44 +120,6 @@ fn widened(t: &Tensor) -> Result<Tensor> {
     let wide = Tensor::host(*t.shape(), t.dtype().accumulate());
     Cpu.copy(t, &wide)?;
     Ok(wide)
-}
-
-fn check(a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Sizes> {
-    let wrong = |why: &str| -> Result<Sizes> {
-        shape_err!(
-            "gemm: {} {} by {} {} into {} {}: {why}",
-            a.dtype(),
-            a.shape(),
-            b.dtype(),
-            b.shape(),
-            c.dtype(),
-            c.shape()
-        )
-    };
-    on_host("gemm", &[a, b, c])?;
-    distinct("gemm", c)?;
-    if a.rank() < 2 || b.rank() < 2 || c.rank() < 2 {
-        return wrong("each needs two dimensions or more");
-    }
-    let tail = |t: &Tensor| (t.dim(t.rank() - 2), t.dim(t.rank() - 1));
-    let ((m, k), (k2, n)) = (tail(a), tail(b));
-    if k != k2 || tail(c) != (m, n) {
-        return wrong("(m, k) by (k, n) gives (m, n)");
-    }
-    let lead = |t: &Tensor| t.shape()[..t.rank() - 2].to_vec();
-    if [a, b].iter().any(|t| t.rank() > 2 && lead(t) != lead(c)) {
-        return wrong("leading dimensions are the result's, or absent");
-    }
-    if a.dtype() != b.dtype()
-        || !a.dtype().is_float()
-        || (c.dtype() != a.dtype() && c.dtype() != a.dtype().accumulate())
-    {
-        return wrong("operands share a float type; the result has it, or the type it accumulates in");
-    }
-    if c.overlaps(a) || c.overlaps(b) {
-        return wrong("the result shares memory with an operand");
-    }
-    Ok(Sizes { m, k, n })
 }
 
 fn run<T: 'static + num_traits::Float + Send + Sync>(

@@ -3,6 +3,9 @@
 use super::Cpu;
 use super::util::{Num, Real, expect, float_type, for_rows, for_rows2, in_place, input, max, output, sum, sum_blocks};
 use crate::device::MathKernels;
+use crate::device::check;
+use crate::device::check::same_or_acc;
+pub(super) use crate::device::check::{apart, same};
 use crate::error::{Result, shape_err};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
@@ -16,12 +19,12 @@ impl MathKernels for Cpu {
     }
 
     fn add(&self, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
-        check_binary("add", a, b, out)?;
+        check::binary("add", a, b, out)?;
         float_type!("add", a.dtype(), T => binary::<T>("add", a, b, out, |x, y| x + y))
     }
 
     fn mul(&self, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
-        check_binary("mul", a, b, out)?;
+        check::binary("mul", a, b, out)?;
         float_type!("mul", a.dtype(), T => binary::<T>("mul", a, b, out, |x, y| x * y))
     }
 
@@ -229,36 +232,6 @@ impl MathKernels for Cpu {
         });
         Ok(())
     }
-}
-
-/// Fails unless the tensors have `first`'s shape and dtype.
-pub(super) fn same(op: &str, first: &Tensor, others: &[&Tensor]) -> Result<()> {
-    others.iter().try_for_each(|t| expect(op, "a tensor", t, first.shape(), first.dtype()))
-}
-
-/// Fails unless `out` has x's type or the one it accumulates in.
-fn same_or_acc(op: &str, x: &Tensor, out: &Tensor) -> Result<()> {
-    let own = x.dtype();
-    if out.dtype() != own && out.dtype() != own.accumulate() {
-        shape_err!("{op}: {own} into {}: the output has the input's type, or {}", out.dtype(), own.accumulate());
-    }
-    Ok(())
-}
-
-/// Fails if an output shares memory with an input.
-pub(super) fn apart(op: &str, input: &Tensor, out: &Tensor) -> Result<()> {
-    if input.overlaps(out) {
-        shape_err!("{op}: the output shares memory with an input of shape {}", input.shape());
-    }
-    Ok(())
-}
-
-fn check_binary(op: &str, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
-    if !a.shape().ends_with(b.shape()) || a.shape() != out.shape() || a.dtype() != b.dtype() || a.dtype() != out.dtype()
-    {
-        shape_err!("{op}: {a:?} and {b:?} into {out:?}: the second has the first's shape or its last dimensions");
-    }
-    Ok(())
 }
 
 /// `out[i] = f(a[i], b[i mod |b|])`, out possibly a itself.

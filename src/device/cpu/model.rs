@@ -3,10 +3,10 @@
 use super::Cpu;
 use super::attention;
 use super::math::same;
-use super::util::{Num, Real, expect, float_type, for_rows, for_rows2, in_place, input, max, output, sum, sum_blocks};
-use crate::device::{AttentionShape, ModelKernels, Rope};
+use super::util::{Num, Real, float_type, for_rows, for_rows2, in_place, input, max, output, sum, sum_blocks};
+use crate::device::{AttentionShape, ModelKernels, Rope, check};
 use crate::error::{Result, shape_err};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 impl ModelKernels for Cpu {
     fn layer_norm(
@@ -19,7 +19,7 @@ impl ModelKernels for Cpu {
         mean: &Tensor,
         rstd: &Tensor,
     ) -> Result<()> {
-        check_norm("layer_norm", x, &[y], &[gain, bias], &[mean, rstd])?;
+        check::norm("layer_norm", x, &[y], &[gain, bias], &[mean, rstd])?;
         let width = x.rows().1;
         float_type!("layer_norm", x.dtype(), T => {
             type A = <T as Num>::Acc;
@@ -53,7 +53,7 @@ impl ModelKernels for Cpu {
         d_gain: &Tensor,
         d_bias: &Tensor,
     ) -> Result<()> {
-        check_norm("layer_norm_backward", x, &[dy, dx], &[gain, d_gain, d_bias], &[mean, rstd])?;
+        check::norm("layer_norm_backward", x, &[dy, dx], &[gain, d_gain, d_bias], &[mean, rstd])?;
         let (rows, width) = x.rows();
         float_type!("layer_norm_backward", x.dtype(), T => {
             type A = <T as Num>::Acc;
@@ -89,7 +89,7 @@ impl ModelKernels for Cpu {
     }
 
     fn rms_norm(&self, x: &Tensor, gain: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> {
-        check_norm("rms_norm", x, &[y], &[gain], &[rstd])?;
+        check::norm("rms_norm", x, &[y], &[gain], &[rstd])?;
         let width = x.rows().1;
         float_type!("rms_norm", x.dtype(), T => {
             type A = <T as Num>::Acc;
@@ -116,7 +116,7 @@ impl ModelKernels for Cpu {
         dx: &Tensor,
         d_gain: &Tensor,
     ) -> Result<()> {
-        check_norm("rms_norm_backward", x, &[dy, dx], &[gain, d_gain], &[rstd])?;
+        check::norm("rms_norm_backward", x, &[dy, dx], &[gain, d_gain], &[rstd])?;
         let (rows, width) = x.rows();
         float_type!("rms_norm_backward", x.dtype(), T => {
             type A = <T as Num>::Acc;
@@ -144,13 +144,7 @@ impl ModelKernels for Cpu {
     }
 
     fn rope(&self, x: &Tensor, rope: Rope, inverse: bool, y: &Tensor) -> Result<()> {
-        same("rope", x, &[y])?;
-        let &[_, seq, heads, dim] = x.shape().dims() else {
-            shape_err!("rope of {}: it takes (B, L, H, D)", x.shape());
-        };
-        if dim % 2 != 0 {
-            shape_err!("rope: a head of width {dim}; the width must be even");
-        }
+        let [_, seq, heads, dim] = check::rope(x, y)?;
         let half = dim / 2;
         float_type!("rope", x.dtype(), T => {
             type A = <T as Num>::Acc;
@@ -255,22 +249,9 @@ fn accumulate<T: Num>(t: &Tensor, sums: &[T::Acc]) -> Result<()> {
     Ok(())
 }
 
-/// Fails unless x and `rows` are rows of one shape and dtype, `widths` vectors as wide, `stats` one acc per row.
-fn check_norm(op: &str, x: &Tensor, rows: &[&Tensor], widths: &[&Tensor], stats: &[&Tensor]) -> Result<()> {
-    let (n, width) = x.rows();
-    if width == 0 {
-        shape_err!("{op} of {}: rows are empty", x.shape());
-    }
-    same(op, x, rows)?;
-    widths.iter().try_for_each(|t| expect(op, "a gain or bias", t, &[width], x.dtype()))?;
-    stats.iter().try_for_each(|t| expect(op, "a row statistic", t, &[n], x.dtype().accumulate()))
-}
-
-/// Fails unless logits are (N, V), targets (N) in 0..V, and `per_row` one acc per row; returns V.
+/// [`check::targets`], and the targets in 0..V.
 fn check_targets(op: &str, logits: &Tensor, targets: &Tensor, per_row: &[&Tensor]) -> Result<usize> {
-    let (n, vocab) = logits.rows();
-    expect(op, "targets", targets, &[n], DType::I32)?;
-    per_row.iter().try_for_each(|t| expect(op, "a loss or lse", t, &[n], logits.dtype().accumulate()))?;
+    let vocab = check::targets(op, logits, targets, per_row)?;
     if let Some(t) = input::<i32>(targets)?.iter().find(|&&t| t < 0 || t as usize >= vocab) {
         shape_err!("{op}: target {t} for {vocab} classes: targets lie in 0..{vocab}");
     }
@@ -281,6 +262,7 @@ fn check_targets(op: &str, logits: &Tensor, targets: &Tensor, per_row: &[&Tensor
 mod tests {
     use super::*;
     use crate::device::cpu::util::{FLOATS, close, random_tensor as random, same_on_any_thread_count, wide};
+    use crate::tensor::DType;
 
     const EPS: f64 = 1e-5;
 

@@ -2,9 +2,9 @@
 
 use super::Cpu;
 use super::math::{PIECE, same};
-use super::util::{Num, Real, acc_type, expect, float_type, input, output};
-use crate::device::{AdamW, OptimKernels};
-use crate::error::{Result, shape_err};
+use super::util::{Num, Real, acc_type, float_type, input, output};
+use crate::device::{AdamW, OptimKernels, check};
+use crate::error::Result;
 use crate::tensor::Tensor;
 use rayon::prelude::*;
 
@@ -18,23 +18,14 @@ impl OptimKernels for Cpu {
         v: &Tensor,
         grad: &Tensor,
     ) -> Result<()> {
-        same("adamw", weight, &[m, v])?;
-        expect("adamw", "grad_scale", grad_scale, &[1], weight.dtype())?;
-        if grad.shape() != weight.shape() {
-            shape_err!("adamw: a gradient of {} for a weight of {}", grad.shape(), weight.shape());
-        }
-        if settings.step == 0 {
-            shape_err!("adamw: step 0: steps count from 1");
-        }
+        check::adamw(settings, grad_scale, weight, m, v, grad)?;
         acc_type!("adamw", weight.dtype(), A => float_type!("adamw", grad.dtype(), G => {
-            let s = settings;
             let scale = input::<A>(grad_scale)?[0];
-            let (beta1, beta2, eps) = (s.beta1 as A, s.beta2 as A, s.eps as A);
-            // In f64: 1 − β₂ and 1 − β₂ᵗ lose digits in f32.
-            let (new1, new2) = ((1.0 - s.beta1) as A, (1.0 - s.beta2) as A);
-            let rate = (s.lr / (1.0 - s.beta1.powf(s.step as f64))) as A;
-            let root = (1.0 / (1.0 - s.beta2.powf(s.step as f64))).sqrt() as A;
-            let keep = (1.0 - s.lr * s.weight_decay) as A;
+            if scale == 0.0 {
+                return Ok(());
+            }
+            let [beta1, new1, beta2, new2, eps, rate, root, _] = settings.scalars().map(|v| v as A);
+            let keep = (1.0 - settings.lr * settings.weight_decay) as A;
             let (weight, m, v) = (output::<A>(weight)?, output::<A>(m)?, output::<A>(v)?);
             let pieces = weight.par_chunks_mut(PIECE).zip(m.par_chunks_mut(PIECE)).zip(v.par_chunks_mut(PIECE));
             pieces.zip(input::<G>(grad)?.par_chunks(PIECE)).with_min_len(8).for_each(|(((w, m), v), g)| {
@@ -64,8 +55,8 @@ impl OptimKernels for Cpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::MemoryKernels;
-    use crate::device::cpu::util::{FLOATS, random_tensor, same_on_any_thread_count, wide};
+    use crate::device::cpu::util::{FLOATS, close, random_tensor, same_on_any_thread_count, wide};
+    use crate::device::{AdamWItem, MemoryKernels};
     use crate::tensor::DType;
 
     #[test]
@@ -97,6 +88,42 @@ mod tests {
             let got = (norm.to_vec::<f64>().unwrap()[0], scale.to_vec::<f64>().unwrap()[0]);
             assert!(got == want || (got.0.is_nan() && want.0.is_nan() && got.1 == want.1), "{got:?} {want:?}");
         }
+    }
+
+    /// A gradient that is not finite, which clip_scale gives the factor 0, does no harm.
+    #[test]
+    fn a_scale_of_zero_changes_nothing() {
+        let t = |v: f64| Tensor::from_slice(&[v], [1]).unwrap();
+        let (w, m, v) = (t(1.0), t(2.0), t(3.0));
+        let s = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.5, step: 3 };
+        Cpu.adamw(s, &t(0.0), &w, &m, &v, &t(f64::NAN)).unwrap();
+        assert_eq!([w, m, v].map(|t| t.to_vec::<f64>().unwrap()[0]), [1.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn many_tensors_are_one_after_the_other() {
+        let t = |seed, dtype| random_tensor(seed, &[100], dtype);
+        let s = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.5, step: 3 };
+        let scale = Tensor::host(&[1][..], DType::F32);
+        Cpu.fill(&scale, 0.5).unwrap();
+        let scalars = Tensor::host(&[AdamW::SCALARS][..], DType::F32);
+        Cpu.adamw_scalars(s, &scalars).unwrap();
+        assert_eq!(wide(&scalars)[7], f64::from(0.1_f32));
+        let (w, m, v, copy) = (t(1, DType::F32), t(2, DType::F32), t(3, DType::F32), t(9, DType::BF16));
+        Cpu.fill(&v, 0.5).unwrap();
+        let grad = t(4, DType::BF16);
+        let item = AdamWItem { weight_decay: 0.25, weight: &w, m: &m, v: &v, grad: &grad, copy: Some(&copy) };
+        Cpu.adamw_many(s, &scalars, &scale, &[item]).unwrap();
+        let (w2, m2, v2) = (t(1, DType::F32), t(2, DType::F32), t(3, DType::F32));
+        Cpu.fill(&v2, 0.5).unwrap();
+        Cpu.adamw(AdamW { weight_decay: 0.25, ..s }, &scale, &w2, &m2, &v2, &grad).unwrap();
+        assert_eq!([wide(&w), wide(&m), wide(&v)], [wide(&w2), wide(&m2), wide(&v2)]);
+        close(&copy, &wide(&w2), 1e-2);
+        let sum = Tensor::host(&[1][..], DType::F64);
+        Cpu.fill(&sum, 1.0).unwrap();
+        let x = |v: &[f64]| Tensor::from_slice(v, [v.len()]).unwrap();
+        Cpu.sum_squares_many(&[&x(&[2.0]), &x(&[]), &x(&[1.0, 3.0])], &sum).unwrap();
+        assert_eq!(wide(&sum), [15.0]);
     }
 
     #[test]

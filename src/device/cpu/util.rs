@@ -1,7 +1,11 @@
 //! What the CPU kernels share: element access in the accumulation type, dispatch on dtype, parallel rows, checks.
 
+pub(super) use crate::device::check::{distinct, expect, in_place, matrix};
 use crate::error::{Result, shape_err};
-use crate::tensor::{DType, Element, Place, Tensor};
+#[cfg(test)]
+use crate::tensor::DType;
+use crate::tensor::{Element, Place, Tensor};
+
 use half::{bf16, f16};
 use num_traits::{Float as _, Zero as _};
 use rayon::prelude::*;
@@ -147,51 +151,6 @@ pub(super) fn on_host(op: &str, tensors: &[&Tensor]) -> Result<()> {
     match tensors.iter().find(|t| t.place() != Place::Cpu) {
         None => Ok(()),
         Some(t) => shape_err!("{op}: {t:?}, expected on {}: copy it to the host first", Place::Cpu),
-    }
-}
-
-/// Fails where two indices of an output name one element: threads would write it at once.
-pub(super) fn distinct(op: &str, out: &Tensor) -> Result<()> {
-    let mut dims: Vec<(usize, usize)> =
-        out.layout().strides().iter().copied().zip(out.shape().iter().copied()).filter(|d| d.1 > 1).collect();
-    dims.sort_unstable();
-    let mut reach = 1;
-    for (stride, size) in dims {
-        if stride < reach && out.elements() > 0 {
-            shape_err!("{op}: output {} has strides {:?}: its elements overlap", out.shape(), out.layout().strides());
-        }
-        reach += stride * (size - 1);
-    }
-    Ok(())
-}
-
-/// Whether `out` is `a` itself; fails where it is another view of a's memory, which no order of writes makes right.
-pub(super) fn in_place(op: &str, a: &Tensor, out: &Tensor) -> Result<bool> {
-    let same = a.ptr() == out.ptr() && a.shape() == out.shape() && a.is_contiguous() && out.is_contiguous();
-    if !same && a.overlaps(out) {
-        shape_err!("{op}: the output shares memory with an input of shape {} without being that input", a.shape());
-    }
-    Ok(same)
-}
-
-/// Fails unless `t` has this shape and dtype.
-pub(super) fn expect(op: &str, what: &str, t: &Tensor, shape: &[usize], dtype: DType) -> Result<()> {
-    if t.shape().dims() != shape || t.dtype() != dtype {
-        shape_err!(
-            "{op}: {what} is {} {}, expected {dtype} {}",
-            t.dtype(),
-            t.shape(),
-            crate::tensor::Shape::new(shape)
-        );
-    }
-    Ok(())
-}
-
-/// The two dimensions of a matrix.
-pub(super) fn matrix(op: &str, what: &str, t: &Tensor) -> Result<(usize, usize)> {
-    match *t.shape().dims() {
-        [rows, cols] => Ok((rows, cols)),
-        _ => shape_err!("{op}: {what} has shape {}, expected two dimensions", t.shape()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! One lane of a GPU: a stream, its memory, its cuBLAS handle. Every family of [`Kernels`](crate::device::Kernels) is
 //! implemented on it in a file of its own.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, result};
 
@@ -26,7 +26,8 @@ struct Inner {
     context: Arc<CudaContext>,
     modules: Arc<Modules>,
     stream: Arc<CudaStream>,
-    pool: Arc<Pool>,
+    /// What tensors are allocated from: the lane's own pool, or a graph's while it is captured.
+    pool: Mutex<Arc<Pool>>,
     blas: Blas,
 }
 
@@ -54,7 +55,7 @@ impl Cuda {
         let stream = context.new_stream().map_err(CudaError::driver("creating a stream"))?;
         let pool = Pool::new(context.clone());
         let blas = Blas::new(&stream, &pool)?;
-        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas })))
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas })))
     }
 
     /// The GPU's number.
@@ -85,15 +86,30 @@ impl Cuda {
         &self.0.blas
     }
 
-    /// The memory this lane holds.
+    fn pool(&self) -> Arc<Pool> {
+        // What is locked is one pointer, whole after a panic too.
+        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Allocates from `pool` from here on; returns the pool so far.
+    pub(super) fn exchange_pool(&self, pool: Arc<Pool>) -> Arc<Pool> {
+        std::mem::replace(&mut self.0.pool.lock().unwrap_or_else(PoisonError::into_inner), pool)
+    }
+
+    /// The memory this lane holds, without that of graphs captured on it.
     #[must_use]
     pub fn memory(&self) -> Usage {
-        self.0.pool.usage()
+        self.pool().usage()
     }
 
     /// Starts measuring [`Usage::peak`] anew.
     pub fn reset_peak(&self) {
-        self.0.pool.reset_peak();
+        self.pool().reset_peak();
+    }
+
+    /// Gives memory that no tensor has back to the driver; waits for the GPU.
+    pub fn release_unused(&self) {
+        self.pool().release();
     }
 
     /// Waits until everything issued on this lane has run.
@@ -107,7 +123,7 @@ impl Cuda {
 
     /// A new row-major tensor of unspecified content.
     pub(super) fn allocate(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
-        let storage = self.0.pool.alloc(shape.elements() * dtype.size())?;
+        let storage = self.pool().alloc(shape.elements() * dtype.size())?;
         Tensor::new(storage, Layout::contiguous(shape), dtype)
     }
 
@@ -115,6 +131,9 @@ impl Cuda {
     pub(super) fn copy_from_host(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
         self.transferable("upload", src, dst)?;
         self.on_device("upload", &[dst])?;
+        if dst.elements() == 0 {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: a contiguous host tensor of bytes that any pattern is valid for; the copy from pageable memory has
         // read them when the call returns.
@@ -129,6 +148,9 @@ impl Cuda {
     pub(super) fn copy_to_host(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
         self.transferable("download", src, dst)?;
         self.on_device("download", &[src])?;
+        if dst.elements() == 0 {
+            return Ok(());
+        }
         self.bind()?;
         let length = dst.elements() * dst.dtype().size();
         // SAFETY: as in `copy_from_host`; nothing else uses dst while it is written, and the stream is waited for.

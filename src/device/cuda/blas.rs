@@ -32,6 +32,12 @@ impl Blas {
         unsafe { sys::cublasSetWorkspace_v2(*handle.handle(), workspace.ptr().cast(), WORKSPACE) }
             .result()
             .map_err(failed("giving cuBLAS its workspace"))?;
+        // 16-bit results are rounded once: no partial sums in their type.
+        let math = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+        // SAFETY: the handle is valid.
+        unsafe { sys::cublasSetMathMode(*handle.handle(), math) }
+            .result()
+            .map_err(failed("setting cuBLAS's precision"))?;
         Ok(Blas { handle, _workspace: workspace })
     }
 

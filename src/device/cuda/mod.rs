@@ -3,28 +3,42 @@
 //! - [`probe`](mod@probe) says what is there, and never fails;
 //! - [`open`] opens a GPU;
 //! - [`Modules`] loads the embedded kernels onto it;
-//! - [`Activations`] launches GELU and SwiGLU.
+//! - [`Cuda`] is a lane, which runs the operations of [`Kernels`](crate::device::Kernels), one family a file.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, DriverError, sys};
 
-mod activations;
 mod args;
+mod attention;
 mod backend;
 mod blas;
+mod event;
+mod expert;
+mod gate;
+mod gemm;
+mod graph;
+mod math;
 mod memory;
+mod model;
 mod modules;
+mod optim;
+mod order;
 mod pool;
 pub mod probe;
+mod range;
 mod selftest;
+mod sort;
+mod walk;
 
-pub use activations::{Activations, Element, GateUp, GateUpMut, Matrix, MatrixMut};
 pub use backend::Cuda;
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
+pub use event::Event;
+pub use graph::Graph;
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
 pub use pool::Usage;
+pub use range::{Range, range};
 pub use selftest::selftest;
 
 /// What can go wrong on a GPU; every variant says what was being done.

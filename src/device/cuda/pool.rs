@@ -23,6 +23,8 @@ const LARGE: usize = 2 << 20;
 pub(super) struct Pool {
     context: Arc<CudaContext>,
     state: Mutex<State>,
+    /// The memory is a graph's: the addresses are in its nodes, and a block is kept whether a tensor has it or not.
+    kept: bool,
 }
 
 #[derive(Debug, Default)]
@@ -43,6 +45,18 @@ pub struct Usage {
     pub reserved: usize,
     /// Calls of the driver's allocator so far.
     pub driver_allocations: usize,
+}
+
+impl std::ops::Add for Usage {
+    type Output = Usage;
+    fn add(self, other: Usage) -> Usage {
+        Usage {
+            used: self.used + other.used,
+            peak: self.peak + other.peak,
+            reserved: self.reserved + other.reserved,
+            driver_allocations: self.driver_allocations + other.driver_allocations,
+        }
+    }
 }
 
 /// What a tensor's storage owns: gives the block back.
@@ -67,7 +81,12 @@ fn rounded(bytes: usize) -> usize {
 
 impl Pool {
     pub(super) fn new(context: Arc<CudaContext>) -> Arc<Self> {
-        Arc::new(Pool { context, state: Mutex::default() })
+        Arc::new(Pool { context, state: Mutex::default(), kept: false })
+    }
+
+    /// The memory of a graph on one lane: nothing goes back to the driver before the pool does.
+    pub(super) fn of_graph(context: Arc<CudaContext>) -> Arc<Self> {
+        Arc::new(Pool { context, state: Mutex::default(), kept: true })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -89,7 +108,7 @@ impl Pool {
         let size = rounded(bytes);
         let ptr = match self.take(size) {
             Some(ptr) => ptr,
-            None => self.from_driver(size)?,
+            None => self.ask_driver(size)?,
         };
         let owner = {
             let mut state = self.lock();
@@ -113,13 +132,13 @@ impl Pool {
         ptr
     }
 
-    fn from_driver(&self, size: usize) -> Result<sys::CUdeviceptr, CudaError> {
+    fn ask_driver(&self, size: usize) -> Result<sys::CUdeviceptr, CudaError> {
         let action = || format!("allocating {size} bytes of device memory ({:?})", self.usage());
         self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
         // SAFETY: a plain allocation; the block is owned by this pool from here on.
         let first = unsafe { result::malloc_sync(size) };
         let ptr = match first {
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY && !self.kept => {
                 self.release();
                 // SAFETY: as above.
                 unsafe { result::malloc_sync(size) }.map_err(CudaError::driver(action()))?
@@ -134,6 +153,12 @@ impl Pool {
 
     /// Gives the blocks that nobody uses back to the driver, which waits for the device first.
     pub(super) fn release(&self) {
+        if !self.kept {
+            self.free_unused();
+        }
+    }
+
+    fn free_unused(&self) {
         let (free, context) = (std::mem::take(&mut self.lock().free), &self.context);
         context.record_err(context.bind_to_thread());
         for (size, blocks) in free {
@@ -148,6 +173,6 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.release();
+        self.free_unused();
     }
 }

@@ -1,5 +1,6 @@
 //! Activations of the expert FFNs.
 
+use super::RowWeights;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -27,4 +28,29 @@ pub trait ExpertKernels: Send + Sync {
 
     /// `d_gate = dy·up·silu'(gate)`, `d_up = dy·silu(gate)`. Row strides as in [`ExpertKernels::swiglu`].
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, d_gate: &Tensor, d_up: &Tensor) -> Result<()>;
+
+    /// [`ExpertKernels::gelu_backward`] where the output was multiplied by a weight per row, dy being the gradient of the
+    /// product over the weight: with w the row's weight, `dx = w·dy·gelu'(x)`, `act = w·gelu(x)`, and the weights'
+    /// gradient is `d_weights[r] = Σ_h dy·gelu(x)`. Without weights, w is 1. x, dy, dx, act: (R, H).
+    fn gelu_backward_weighted(
+        &self,
+        form: Gelu,
+        x: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        dx: &Tensor,
+        act: &Tensor,
+    ) -> Result<()>;
+
+    /// [`ExpertKernels::swiglu_backward`], weighted as in [`ExpertKernels::gelu_backward_weighted`]; contiguous.
+    fn swiglu_backward_weighted(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        dy: &Tensor,
+        weights: Option<RowWeights<'_>>,
+        d_gate: &Tensor,
+        d_up: &Tensor,
+        act: &Tensor,
+    ) -> Result<()>;
 }

@@ -3,6 +3,8 @@
 //! Tokens fall into G routing groups of T/G consecutive tokens; capacity C is each group's own. Everywhere, ties go to
 //! the lowest index.
 
+use super::choice::{self, ChoiceRule, Chosen, ChosenGrad};
+use super::{MathKernels, MemoryKernels};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -17,7 +19,7 @@ pub struct ExpertGroups {
 }
 
 /// What gates are made of.
-pub trait GateKernels: Send + Sync {
+pub trait GateKernels: MemoryKernels + MathKernels {
     /// `experts[t]` = the k experts with the largest `scores[t,e] + bias[e]`, descending, ties to the lowest index, inside
     /// the kept groups. scores: (T, E) acc; bias: (E) acc; experts: (T, k) i32.
     fn top_k(
@@ -64,7 +66,7 @@ pub trait GateKernels: Send + Sync {
         weights: &Tensor,
     ) -> Result<()>;
 
-    /// `d_probs[tokens[e,s], e] += d_weights[e,s]`.
+    /// `d_probs[tokens[e,s], e] += d_weights[e,s]`. An expert names a token once, as [`GateKernels::expert_choice`] has it.
     fn expert_choice_backward(&self, tokens: &Tensor, d_weights: &Tensor, d_probs: &Tensor) -> Result<()>;
 
     /// Load-balance loss `loss[0] = E·Σ_e m_e·c_e`: m_e the mean of `probs[:,e]`, c_e the number of counted choices of e
@@ -106,4 +108,29 @@ pub trait GateKernels: Send + Sync {
 
     /// `dx = dy·y` where y is below `max`, 0 where it is clamped.
     fn clamped_exp_backward(&self, y: &Tensor, max: f64, dy: &Tensor, dx: &Tensor) -> Result<()>;
+
+    /// Tokens choose experts by logits (T, E) acc: scores and the k largest of them, weights, loads, slots, losses and
+    /// entropy, all that `out` names. Selection is by score + bias ((E) acc) in the kept groups; by the logits themselves,
+    /// which have the scores' order, where there is neither bias nor group. On a GPU E is up to 1,024 and k up to 32.
+    fn choose_experts(
+        &self,
+        rule: &ChoiceRule,
+        logits: &Tensor,
+        bias: Option<&Tensor>,
+        out: &Chosen<'_>,
+    ) -> Result<()> {
+        choice::forward(self, rule, logits, bias, out)
+    }
+
+    /// The gradient of [`GateKernels::choose_experts`]'s logits, through weights and losses. d_logits: (T, E), acc or
+    /// another float type, rounded once. The bias has no gradient, and which experts are chosen has none.
+    fn choose_experts_backward(
+        &self,
+        rule: &ChoiceRule,
+        logits: &Tensor,
+        given: &ChosenGrad<'_>,
+        d_logits: &Tensor,
+    ) -> Result<()> {
+        choice::backward(self, rule, logits, given, d_logits)
+    }
 }

@@ -13,29 +13,42 @@
 //! - Sums run in a fixed order that depends on shapes alone: the same inputs give the same bits, on any thread count.
 //! - Shapes and dtypes are checked; an error names the operation, the shape and the rule.
 
+mod choice;
 mod expert;
 mod gate;
+mod grouped;
 mod math;
 mod memory;
 mod model;
 mod optim;
 mod order;
 
+pub use choice::{ChoiceRule, Chosen, ChosenGrad, SUM_EPS, Score, Slots};
 pub use expert::{ExpertKernels, Gelu};
 pub use gate::{ExpertGroups, GateKernels};
+pub(in crate::device) use grouped::compose;
+pub use grouped::{GroupedKernels, RowWeights, Segments};
 pub use math::MathKernels;
 pub use memory::MemoryKernels;
 pub use model::{AttentionShape, ModelKernels, Rope};
-pub use optim::{AdamW, OptimKernels};
-pub use order::OrderKernels;
+pub use optim::{AdamW, AdamWItem, OptimKernels};
+pub use order::{OrderKernels, RowIndex, block_rows};
+pub(in crate::device) use order::{check_blocks, check_index};
 
 /// All primitive operations of a backend.
 pub trait Kernels:
-    MemoryKernels + MathKernels + ExpertKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
+    MemoryKernels + MathKernels + ExpertKernels + GroupedKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
 {
 }
 
 impl<K> Kernels for K where
-    K: MemoryKernels + MathKernels + ExpertKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
+    K: MemoryKernels
+        + MathKernels
+        + ExpertKernels
+        + GroupedKernels
+        + GateKernels
+        + OrderKernels
+        + ModelKernels
+        + OptimKernels
 {
 }

@@ -2,7 +2,6 @@
 
 mod gpt;
 mod mixtral;
-mod products;
 
 pub use gpt::GptFfn;
 pub use mixtral::MixtralFfn;

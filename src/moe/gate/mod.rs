@@ -79,7 +79,8 @@ fn linear(lane: &Lane, x: &Tensor, w: &Parameter) -> Result<Tensor> {
 fn linear_backward(lane: &Lane, x: &Tensor, w: &Parameter, dy: &Tensor, dx: &Tensor) -> Result<()> {
     let dy = if dy.dtype() == x.dtype() { dy.clone() } else { lane.cast(dy, x.dtype())? };
     lane.gemm(1.0, &dy, w.value(), 1.0, dx)?;
-    lane.gemm(1.0, &dy.t()?, x, 1.0, w.grad())
+    let (dw, beta) = w.grad_to_write();
+    lane.gemm(1.0, &dy.t()?, x, beta, dw)
 }
 
 /// The softmax over experts: (T, E) acc.

@@ -1,7 +1,7 @@
 //! The sigmoid gate.
 
 use super::super::{Gate, GateContext, MoeConfig, Routing, RoutingGrad, Saved, saved};
-use super::token_choice::{Chosen, Selection, TokenChoice};
+use super::token_choice::{Choice, TokenChoice};
 use super::{linear, linear_backward};
 use crate::autograd::{Init, Parameter, ReduceGroup};
 use crate::device::{ExpertGroups, Lane};
@@ -9,9 +9,6 @@ use crate::error::{Error, Result, config_err};
 use crate::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::sync::Mutex;
-
-/// Keeps the sum of a token's scores off zero, where all of them underflow.
-const SUM_EPS: f64 = 1e-20;
 
 /// The sigmoid gate's options, DeepSeek-V3's (DeepSeek-AI 2024); the default is the plain gate.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,7 +56,6 @@ pub struct SigmoidGate {
     /// (E, M).
     weight: Parameter,
     choice: TokenChoice,
-    groups: Option<ExpertGroups>,
     bias: Option<Bias>,
 }
 
@@ -72,14 +68,6 @@ struct Bias {
     rate: f64,
     /// The loads (G, E) of every training forward since the last step.
     loads: Mutex<Vec<Tensor>>,
-}
-
-struct State {
-    /// (T, E) acc: s.
-    scores: Tensor,
-    /// (T, E) acc: s normalised to sum one.
-    probs: Tensor,
-    chosen: Chosen,
 }
 
 impl SigmoidGate {
@@ -98,8 +86,7 @@ impl SigmoidGate {
         let shape = [config.experts, config.hidden];
         Ok(SigmoidGate {
             weight: init.normal("weight", shape, config.init_std, ReduceGroup::Replicated)?,
-            choice: TokenChoice::new(config, routed_scale),
-            groups,
+            choice: TokenChoice::sigmoid(config, groups, routed_scale),
             bias,
         })
     }
@@ -148,17 +135,14 @@ impl Gate for SigmoidGate {
     fn forward(&self, cx: &GateContext<'_>, x: &Tensor) -> Result<(Routing, Saved)> {
         let lane = cx.lane;
         let logits = linear(lane, x, &self.weight)?;
-        let (scores, probs) = (lane.empty_like(&logits)?, lane.empty_like(&logits)?);
-        lane.sigmoid(&logits, &scores)?;
-        lane.normalise_sum(&scores, 1.0, SUM_EPS, &probs)?;
-        let selection = Selection { bias: self.bias.as_ref().map(|bias| &bias.value), groups: self.groups };
-        let (routing, chosen) = self.choice.route(cx, &scores, &probs, selection)?;
+        let bias = self.bias.as_ref().map(|bias| &bias.value);
+        let (routing, choice) = self.choice.route(cx, logits, bias)?;
         if let Some(bias) = &self.bias
             && cx.step.train
         {
             bias.add(&routing.loads)?;
         }
-        Ok((routing, Box::new(State { scores, probs, chosen })))
+        Ok((routing, Box::new(choice)))
     }
 
     fn backward(
@@ -171,15 +155,8 @@ impl Gate for SigmoidGate {
         dx: &Tensor,
     ) -> Result<()> {
         let lane = cx.lane;
-        let State { scores, probs, chosen } = saved(state)?;
-        let zeros = || lane.zeros(*scores.shape(), scores.dtype());
-        let (d_scores, d_probs) = (zeros()?, zeros()?);
-        self.choice.backward(lane, routing, chosen, grad, &d_scores, &d_probs)?;
-        let d_balance = lane.empty_like(scores)?;
-        lane.normalise_sum_backward(scores, probs, 1.0, SUM_EPS, &d_probs, &d_balance)?;
-        lane.axpby(1.0, &d_balance, 1.0, &d_scores)?;
-        let d_logits = lane.empty_like(scores)?;
-        lane.sigmoid_backward(scores, &d_scores, &d_logits)?;
+        let choice: &Choice = saved(state)?;
+        let d_logits = self.choice.backward(lane, routing, choice, grad, x.dtype())?;
         linear_backward(lane, x, &self.weight, &d_logits, dx)
     }
 

@@ -1,7 +1,7 @@
 //! The top-k softmax gate.
 
 use super::super::{Gate, GateContext, MoeConfig, Routing, RoutingGrad, Saved, saved};
-use super::token_choice::{SoftmaxChoice, SoftmaxChosen};
+use super::token_choice::{Choice, TokenChoice};
 use super::{linear, linear_backward};
 use crate::autograd::{Init, Parameter, ReduceGroup};
 use crate::error::Result;
@@ -15,7 +15,7 @@ pub struct TopKGate {
     weight: Parameter,
     /// (E, M): Wn.
     noise_weight: Option<Parameter>,
-    choice: SoftmaxChoice,
+    choice: TokenChoice,
 }
 
 struct Noise {
@@ -27,7 +27,7 @@ struct Noise {
 
 struct State {
     noise: Option<Noise>,
-    chosen: SoftmaxChosen,
+    choice: Choice,
 }
 
 impl TopKGate {
@@ -41,7 +41,7 @@ impl TopKGate {
         Ok(TopKGate {
             weight: matrix("weight")?,
             noise_weight: if config.gate_noise { Some(matrix("noise_weight")?) } else { None },
-            choice: SoftmaxChoice::new(config),
+            choice: TokenChoice::softmax(config),
         })
     }
 
@@ -73,8 +73,8 @@ impl Gate for TopKGate {
         if let Some(noise) = &noise {
             cx.lane.add_gate_noise(&logits, &noise.raw, &noise.deviates, &logits)?;
         }
-        let (routing, chosen) = self.choice.route(cx, logits)?;
-        Ok((routing, Box::new(State { noise, chosen })))
+        let (routing, choice) = self.choice.route(cx, logits, None)?;
+        Ok((routing, Box::new(State { noise, choice })))
     }
 
     fn backward(
@@ -87,7 +87,9 @@ impl Gate for TopKGate {
         dx: &Tensor,
     ) -> Result<()> {
         let state: &State = saved(state)?;
-        let d_logits = self.choice.backward(cx.lane, routing, &state.chosen, grad)?;
+        // The noise's gradient is made of the logits' in full; a matrix product takes it in x's type.
+        let dtype = if state.noise.is_some() { x.dtype().accumulate() } else { x.dtype() };
+        let d_logits = self.choice.backward(cx.lane, routing, &state.choice, grad, dtype)?;
         linear_backward(cx.lane, x, &self.weight, &d_logits, dx)?;
         if let (Some(noise), Some(weight)) = (&state.noise, &self.noise_weight) {
             let d_raw = cx.lane.empty_like(&d_logits)?;

@@ -1,7 +1,7 @@
 //! The X-MoE gate.
 
 use super::super::{Gate, GateContext, MoeConfig, Routing, RoutingGrad, Saved, saved};
-use super::token_choice::{SoftmaxChoice, SoftmaxChosen};
+use super::token_choice::{Choice, TokenChoice};
 use super::{linear, linear_backward};
 use crate::autograd::{Init, Parameter, ReduceGroup};
 use crate::device::Lane;
@@ -24,7 +24,7 @@ pub struct XMoeGate {
     embeddings: Parameter,
     /// (1): the scale's logarithm.
     log_scale: Parameter,
-    choice: SoftmaxChoice,
+    choice: TokenChoice,
 }
 
 /// Rows of length one, and what their backward needs.
@@ -42,7 +42,7 @@ struct State {
     cosines: Tensor,
     /// (1) acc.
     scale: Tensor,
-    chosen: SoftmaxChosen,
+    choice: Choice,
 }
 
 impl XMoeGate {
@@ -56,7 +56,7 @@ impl XMoeGate {
             projection: init.normal("projection", [d, config.hidden], std, group)?,
             embeddings: init.normal("embeddings", [config.experts, d], std, group)?,
             log_scale: init.constant("log_scale", [1], -TEMPERATURE.ln())?,
-            choice: SoftmaxChoice::new(config),
+            choice: TokenChoice::softmax(config),
         })
     }
 }
@@ -101,8 +101,8 @@ impl Gate for XMoeGate {
         lane.gemm(1.0, &tokens.rows, &experts.rows.t()?, 0.0, &cosines)?;
         let scale = lane.empty([1], acc)?;
         lane.clamped_exp(&lane.cast(self.log_scale.value(), acc)?, MAX_SCALE, &scale)?;
-        let (routing, chosen) = self.choice.route(cx, scaled(lane, &cosines, &scale)?)?;
-        Ok((routing, Box::new(State { tokens, experts, cosines, scale, chosen })))
+        let (routing, choice) = self.choice.route(cx, scaled(lane, &cosines, &scale)?, None)?;
+        Ok((routing, Box::new(State { tokens, experts, cosines, scale, choice })))
     }
 
     fn backward(
@@ -115,8 +115,8 @@ impl Gate for XMoeGate {
         dx: &Tensor,
     ) -> Result<()> {
         let lane = cx.lane;
-        let State { tokens, experts, cosines, scale, chosen } = saved(state)?;
-        let d_logits = self.choice.backward(lane, routing, chosen, grad)?;
+        let State { tokens, experts, cosines, scale, choice } = saved(state)?;
+        let d_logits = self.choice.backward(lane, routing, choice, grad, scale.dtype())?;
 
         let d_scale = lane.zeros([1], scale.dtype())?;
         lane.dot(&d_logits, cosines, &d_scale)?;

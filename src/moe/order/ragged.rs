@@ -4,7 +4,7 @@ use super::check_tokens;
 use super::index::Index;
 use crate::device::Lane;
 use crate::error::Result;
-use crate::moe::{Assignment, Order, Routing, RowSplit, Rows, Saved, saved};
+use crate::moe::{Assignment, Order, Routing, RowSplit, Rows, Saved, SparseOrder, saved};
 use crate::tensor::Tensor;
 
 /// Rows lie sorted by expert, then by group, with an offset per expert and no empty slots (MegaBlocks, Gale et al. 2023):
@@ -15,6 +15,10 @@ pub struct Ragged;
 impl Order for Ragged {
     fn name(&self) -> &str {
         "ragged"
+    }
+
+    fn pads(&self) -> bool {
+        false
     }
 
     fn dispatch(&self, lane: &Lane, routing: &Routing, x: &Tensor) -> Result<(Rows, Saved)> {
@@ -64,5 +68,33 @@ impl Order for Ragged {
         dy: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         saved::<Index>(index)?.combine_backward(self.name(), lane, routing, rows, dy)
+    }
+
+    fn sparse(&self) -> Option<&dyn SparseOrder> {
+        Some(self)
+    }
+}
+
+impl SparseOrder for Ragged {
+    fn dispatch_blocks(
+        &self,
+        lane: &Lane,
+        routing: &Routing,
+        x: &Tensor,
+        block: usize,
+    ) -> Result<Option<(Rows, Saved)>> {
+        check_tokens(self.name(), routing, x)?;
+        let Assignment::TokenChoice { experts, slots, .. } = &routing.assignment else { return Ok(None) };
+        let (index, offsets) = Index::blocks(lane, routing, experts, slots, block)?;
+        Ok(Some((Rows { data: index.dispatch(lane, x)?, split: RowSplit::Blocks(offsets) }, Box::new(index))))
+    }
+
+    fn gather_grad(&self, lane: &Lane, routing: &Routing, index: &Saved, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        let index: &Index = saved(index)?;
+        Ok((index.dispatch(lane, dy)?, index.row_weights(self.name(), lane, routing)?))
+    }
+
+    fn weights_grad(&self, lane: &Lane, routing: &Routing, index: &Saved, d_weights: &Tensor) -> Result<Tensor> {
+        saved::<Index>(index)?.weights_grad(self.name(), lane, routing, d_weights)
     }
 }

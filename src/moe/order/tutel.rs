@@ -1,10 +1,10 @@
 //! Tutel's sparse order.
 
 use super::index::Index;
-use super::{check_tokens, padded, padded_start};
+use super::{check_tokens, padded};
 use crate::device::Lane;
 use crate::error::Result;
-use crate::moe::{Order, Routing, Rows, Saved, saved};
+use crate::moe::{Order, Routing, Rows, Saved, SparseOrder, saved};
 use crate::tensor::Tensor;
 
 /// Rows are gathered by index into the padded layout (E, G·C, M) (Hwang et al. 2023): work and memory grow with the rows,
@@ -19,8 +19,7 @@ impl Order for Tutel {
 
     fn dispatch(&self, lane: &Lane, routing: &Routing, x: &Tensor) -> Result<(Rows, Saved)> {
         check_tokens(self.name(), routing, x)?;
-        let start = |g, e| padded_start(routing, g, e);
-        let index = Index::new(self.name(), lane, routing, routing.padded_rows(), start)?;
+        let index = Index::padded(self.name(), lane, routing)?;
         Ok((Rows { data: index.dispatch(lane, x)?, split: padded(routing) }, Box::new(index)))
     }
 
@@ -50,5 +49,20 @@ impl Order for Tutel {
         dy: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         saved::<Index>(index)?.combine_backward(self.name(), lane, routing, rows, dy)
+    }
+
+    fn sparse(&self) -> Option<&dyn SparseOrder> {
+        Some(self)
+    }
+}
+
+impl SparseOrder for Tutel {
+    fn gather_grad(&self, lane: &Lane, routing: &Routing, index: &Saved, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        let index: &Index = saved(index)?;
+        Ok((index.dispatch(lane, dy)?, index.row_weights(self.name(), lane, routing)?))
+    }
+
+    fn weights_grad(&self, lane: &Lane, routing: &Routing, index: &Saved, d_weights: &Tensor) -> Result<Tensor> {
+        saved::<Index>(index)?.weights_grad(self.name(), lane, routing, d_weights)
     }
 }

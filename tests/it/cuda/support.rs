@@ -6,6 +6,7 @@ use fsmoe::Result;
 use fsmoe::device::cpu::Cpu;
 use fsmoe::device::cuda::Cuda;
 use fsmoe::device::{Lane, MemoryKernels};
+use fsmoe::rng::{Counter, Purpose};
 use fsmoe::tensor::{DType, Shape, Tensor};
 
 /// What the kernels take.
@@ -104,7 +105,14 @@ pub(super) fn down(t: &Tensor) -> Tensor {
     out
 }
 
-fn bytes(t: &Tensor) -> Vec<u8> {
+/// `n` values spread evenly over `low..high`, the same for the same seed.
+pub(super) fn uniform(seed: u64, n: usize, low: f64, high: f64) -> Vec<f64> {
+    let rng = Counter { seed, purpose: Purpose::Test, step: 0 };
+    (0..n as u64).map(|i| low + (high - low) * rng.uniform(i)).collect()
+}
+
+/// The bytes of a contiguous host tensor.
+pub(super) fn bytes(t: &Tensor) -> Vec<u8> {
     let length = t.elements() * t.dtype().size();
     // SAFETY: a contiguous host tensor that nothing writes to.
     unsafe { std::slice::from_raw_parts(t.ptr().cast_const(), length) }.to_vec()
