@@ -1,7 +1,7 @@
 //! The device under test, its clock, and how pieces of work are timed beside each other.
 
 use super::{Image, Spread};
-use crate::device::Lane;
+use crate::device::{DeviceChoice, Lane};
 use crate::error::{Result, config_err};
 use crate::tensor::{DType, Place, Tensor};
 use std::time::{Duration, Instant};
@@ -40,6 +40,9 @@ pub trait Clock {
 
     /// Starts [`Memory::peak`] anew.
     fn reset_peak(&mut self);
+
+    /// Gives memory that no tensor has back to the device.
+    fn release_unused(&mut self) {}
 
     /// The GPU's compute capability, which kernels are compiled for; none on the CPU.
     fn architecture(&self) -> Option<(u32, u32)> {
@@ -157,6 +160,17 @@ impl Bench {
         Self::new(Lane::cpu(), Box::<HostClock>::default(), format!("{}, {threads} threads", processor()))
     }
 
+    /// The device that `choice` means.
+    ///
+    /// # Errors
+    /// If there is no such device, or it cannot be used.
+    pub fn open(choice: DeviceChoice) -> Result<Self> {
+        match choice.place() {
+            Place::Cpu => Self::cpu(),
+            Place::Cuda(ordinal) => super::gpu::open(ordinal),
+        }
+    }
+
     /// Any lane, with a clock for it and the device's name.
     ///
     /// # Errors
@@ -201,6 +215,11 @@ impl Bench {
         self.clock.reset_peak();
         work()?;
         Ok(self.clock.memory().map(|memory| memory.peak))
+    }
+
+    /// Gives memory that no tensor has back to the device: between shapes, whose tensors have different sizes.
+    pub fn release_unused(&mut self) {
+        self.clock.release_unused();
     }
 
     /// The compute capability that kernels for this device are compiled for; on the CPU Hopper's, so that a source can be

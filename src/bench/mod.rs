@@ -14,7 +14,6 @@
 pub mod against;
 mod ceiling;
 mod clock;
-mod device;
 mod gpu;
 mod image;
 pub mod kernels;
@@ -25,7 +24,6 @@ mod table;
 
 pub use ceiling::Ceiling;
 pub use clock::{Bench, Clock, HostClock, Memory, Replay, Theirs, Work};
-pub use device::DeviceName;
 pub use image::Image;
 pub use loads::Load;
 pub use stats::Spread;

@@ -3,6 +3,7 @@
 use super::write_out;
 use clap::Subcommand;
 use fsmoe::bench::{self, Bench, Ceiling, Load, kernels, layer};
+use fsmoe::device::DeviceChoice;
 use fsmoe::moe::Capacity;
 use fsmoe::moe::expert::ExpertKind;
 use fsmoe::moe::gate::GateKind;
@@ -32,7 +33,7 @@ enum What {
 struct Common {
     /// Where: cpu, cuda, cuda:N, or auto, a GPU where there is one
     #[arg(long, default_value = "auto")]
-    device: bench::DeviceName,
+    device: DeviceChoice,
     /// Element type: f32, bf16, f16, or f64 on the CPU; by default bf16 on a GPU and f32 on the CPU
     #[arg(long)]
     dtype: Option<DType>,
@@ -137,7 +138,7 @@ fn write_line(row: &impl serde::Serialize) -> Result<()> {
 
 impl Layer {
     fn run(self) -> Result<()> {
-        let mut bench = self.common.device.open()?;
+        let mut bench = Bench::open(self.common.device)?;
         let (dtype, ceiling) = self.common.begin(&mut bench, 1500)?;
         let mut shapes = self.shape;
         if shapes.is_empty() {
@@ -162,7 +163,7 @@ impl Kernels {
     fn run(self) -> Result<()> {
         let cases = kernels::named(self.name.as_deref())?;
         kernels::check_overrides(&cases, &self.shape)?;
-        let mut bench = self.common.device.open()?;
+        let mut bench = Bench::open(self.common.device)?;
         let theirs = match &self.against {
             Some(path) => Some(bench.with_kernels(&bench::Image::of(path, bench.architecture())?)?),
             None => None,

@@ -155,6 +155,7 @@ pub fn run(
     check_overrides(cases, overrides)?;
     let mut failure = None;
     for case in cases {
+        bench.release_unused();
         let sizes = case.benchmarked(bench.is_cpu(), overrides)?;
         if let Err(error) = run_case(bench, case, &sizes, dtype, ceiling, emit) {
             emit(KernelRow { error: Some(error.to_string()), ..KernelRow::new(bench, case, &sizes, dtype, "eager") })?;

@@ -28,7 +28,7 @@ struct Inner {
     stream: Arc<CudaStream>,
     /// What tensors are allocated from: the lane's own pool, or a graph's while it is captured.
     pool: Mutex<Arc<Pool>>,
-    blas: Blas,
+    blas: Arc<Blas>,
 }
 
 impl Cuda {
@@ -50,11 +50,19 @@ impl Cuda {
         Self::on(self.0.context.clone(), self.0.modules.clone())
     }
 
+    /// The same lane, its stream and its memory, with other kernels (see [`Modules::overlaid`]).
+    #[must_use]
+    pub fn with_modules(&self, modules: Arc<Modules>) -> Self {
+        let Inner { context, stream, blas, .. } = &*self.0;
+        let (context, stream, blas) = (context.clone(), stream.clone(), blas.clone());
+        Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(self.pool()), blas }))
+    }
+
     fn on(context: Arc<CudaContext>, modules: Arc<Modules>) -> Result<Self> {
         context.bind_to_thread().map_err(CudaError::driver("making the GPU's context current"))?;
         let stream = context.new_stream().map_err(CudaError::driver("creating a stream"))?;
         let pool = Pool::new(context.clone());
-        let blas = Blas::new(&stream, &pool)?;
+        let blas = Arc::new(Blas::new(&stream, &pool)?);
         Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas })))
     }
 

@@ -1,7 +1,7 @@
 //! The embedded kernels: finds their entry points by name and launches them.
 
-use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, CString, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -77,6 +77,15 @@ pub struct Modules {
     loaded: Vec<OnceLock<Arc<Module>>>,
     functions: Mutex<HashMap<String, Function>>,
     multiprocessors: u32,
+    overlay: Option<Overlay>,
+}
+
+/// An image whose entry points go before the embedded ones of the same name.
+#[derive(Debug)]
+struct Overlay {
+    module: Arc<Module>,
+    /// The entry points asked for so far, and whether the image has them.
+    asked: Mutex<BTreeMap<String, bool>>,
 }
 
 impl Modules {
@@ -95,7 +104,42 @@ impl Modules {
             loaded: built::UNITS.iter().map(|_| OnceLock::new()).collect(),
             functions: Mutex::default(),
             multiprocessors: u32::try_from(count).unwrap_or(1).max(1),
+            overlay: None,
         })
+    }
+
+    /// The embedded kernels on the same GPU, except that an entry point that `image` (a fat binary, a cubin, or PTX) has is
+    /// taken from there. `what` names the image in errors. It must keep the contract of the entry point whose place it
+    /// takes: it is launched with the same parameters, grid and block.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Driver`] when the driver does not load the image: it is no code, or has none for this GPU.
+    pub fn overlaid(&self, image: &[u8], what: &str) -> Result<Self, CudaError> {
+        let action = || format!("loading the kernels of {what}");
+        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
+        // Fat binaries are read in 8-byte words; PTX is text that ends in a zero.
+        let mut words = vec![0_u64; image.len() / 8 + 1];
+        bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..image.len()].copy_from_slice(image);
+        // SAFETY: the memory is aligned and followed by a zero; the driver copies what it keeps, and checks the headers of
+        // what it is given.
+        let handle =
+            unsafe { result::module::load_data(words.as_ptr().cast()) }.map_err(CudaError::driver(action()))?;
+        let module = Arc::new(Module { handle, context: self.context.clone() });
+        let overlay = Some(Overlay { module, asked: Mutex::default() });
+        let loaded = built::UNITS.iter().map(|_| OnceLock::new()).collect();
+        let (context, functions) = (self.context.clone(), Mutex::default());
+        Ok(Self { context, loaded, functions, multiprocessors: self.multiprocessors, overlay })
+    }
+
+    /// The entry points asked for so far and whether the image of [`Modules::overlaid`] had them; none without an image.
+    #[must_use]
+    pub fn asked(&self) -> Vec<(String, bool)> {
+        let asked = |overlay: &Overlay| {
+            let asked = overlay.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            asked.iter().map(|(name, found)| (name.clone(), *found)).collect()
+        };
+        self.overlay.as_ref().map(asked).unwrap_or_default()
     }
 
     /// The GPU that the kernels are for.
@@ -121,17 +165,36 @@ impl Modules {
         if let Some(function) = self.functions.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
             return Ok(function.clone());
         }
-        let module = self.module(unit_of(name)?)?;
         let action = || format!("finding the kernel '{name}'");
         let c_name =
             CString::new(name).map_err(|_| CudaError::NoKernelFile { name: name.into(), files: unit_names() })?;
         self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
-        // SAFETY: the module is loaded and alive, the name ends in a zero.
-        let handle =
-            unsafe { result::module::get_function(module.handle, c_name) }.map_err(CudaError::driver(action()))?;
+        let (handle, module) = match self.of_overlay(&c_name, name)? {
+            Some(found) => found,
+            None => {
+                let module = self.module(unit_of(name)?)?;
+                // SAFETY: the module is loaded and alive, the name ends in a zero.
+                let handle = unsafe { result::module::get_function(module.handle, c_name) }
+                    .map_err(CudaError::driver(action()))?;
+                (handle, module)
+            }
+        };
         let function = Function { handle, name: name.into(), module };
         self.functions.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), function.clone());
         Ok(function)
+    }
+
+    /// The entry point in the overlaid image, if there is one and it has it.
+    fn of_overlay(&self, c_name: &CStr, name: &str) -> Result<Option<(sys::CUfunction, Arc<Module>)>, CudaError> {
+        let Some(Overlay { module, asked }) = &self.overlay else { return Ok(None) };
+        // SAFETY: the module is loaded and alive, the name ends in a zero.
+        let handle = match unsafe { result::module::get_function(module.handle, c_name.into()) } {
+            Ok(handle) => Some(handle),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND => None,
+            Err(error) => return Err(CudaError::driver(format!("looking for the kernel '{name}'"))(error)),
+        };
+        asked.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), handle.is_some());
+        Ok(handle.map(|handle| (handle, module.clone())))
     }
 
     /// Loads the code of every kernel file: whether all of it suits this GPU and its driver.
