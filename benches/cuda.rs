@@ -7,15 +7,14 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use fsmoe::Result;
 use fsmoe::bench::kernels::{Overrides, cases};
 use fsmoe::bench::{Bench, Ceiling};
-use fsmoe::device::DeviceChoice;
-use fsmoe::tensor::DType;
+use fsmoe::tensor::{DType, Place};
 use std::time::Duration;
 
 /// FLOPs per byte above which products take longer than moving their operands, on any GPU that this is for.
 const INTENSE: f64 = 100.0;
 
 fn main() -> Result<()> {
-    let mut bench = match Bench::open(DeviceChoice::Cuda(0)) {
+    let mut bench = match Bench::open(Place::Cuda(0)) {
         Ok(bench) => bench,
         Err(error) => {
             println!("cuda: nothing is benchmarked: {error}");

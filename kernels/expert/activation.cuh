@@ -32,7 +32,8 @@ struct GeluErf {
       const float below = x < 0.0f ? tail : 1.0f - tail;
       return {x * below, below + x * (inv_sqrt_2pi * bell)};
     } else {
-      const float below = 0.5f + 0.5f * erff(x * inv_sqrt_2);
+      // Not 0.5 + 0.5 erf(...), whose digits cancel for x far below zero.
+      const float below = 0.5f * erfcf(-x * inv_sqrt_2);
       return {x * below, below + x * inv_sqrt_2pi * expf(-0.5f * x * x)};
     }
   }

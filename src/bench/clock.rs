@@ -1,7 +1,7 @@
 //! The device under test, its clock, and how pieces of work are timed beside each other.
 
 use super::{Image, Spread};
-use crate::device::{DeviceChoice, Lane};
+use crate::device::Lane;
 use crate::error::{Result, config_err};
 use crate::tensor::{DType, Place, Tensor};
 use std::time::{Duration, Instant};
@@ -64,7 +64,7 @@ pub struct Theirs {
     pub name: String,
     /// The lane; its queue and memory are those of the lane it was made from.
     pub lane: Lane,
-    /// The entry points asked for so far, and whether they were somebody's.
+    /// The entry points asked for since the last call of it, and whether they were somebody's.
     pub asked: Box<dyn Fn() -> Vec<(String, bool)>>,
 }
 
@@ -160,12 +160,12 @@ impl Bench {
         Self::new(Lane::cpu(), Box::<HostClock>::default(), format!("{}, {threads} threads", processor()))
     }
 
-    /// The device that `choice` means.
+    /// The device of this place.
     ///
     /// # Errors
     /// If there is no such device, or it cannot be used.
-    pub fn open(choice: DeviceChoice) -> Result<Self> {
-        match choice.place() {
+    pub fn open(place: Place) -> Result<Self> {
+        match place {
             Place::Cpu => Self::cpu(),
             Place::Cuda(ordinal) => super::gpu::open(ordinal),
         }

@@ -1,48 +1,62 @@
-//! A GPU under test: its events are the clock.
+//! A GPU under test: its own events are the clock.
 
 use super::{Bench, Clock, Image, Memory, Replay, Theirs};
-use crate::device::cuda::{Cuda, Event, Modules};
+use crate::device::cuda::{Cuda, Event};
 use crate::device::{Lane, LaneKind};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use std::sync::Arc;
 
-/// Events around what is issued on a stream.
-struct GpuClock {
-    cuda: Cuda,
-    /// Pairs of timers; the first `used` were recorded since the last reading.
-    timers: Vec<[Event; 2]>,
-    used: usize,
-}
-
-/// GPU number `ordinal`, on a lane of its own.
+/// GPU number `ordinal`.
 ///
 /// # Errors
 /// If there is no such GPU, or it cannot be used.
 pub(super) fn open(ordinal: usize) -> Result<Bench> {
     let cuda = Cuda::new(ordinal)?;
-    let name = cuda.context().name().map_err(|e| Error::Device(format!("asking GPU {ordinal} for its name: {e}")))?;
-    let lane = Lane::new(Arc::new(cuda.clone()), LaneKind::Compute);
-    Bench::new(lane, Box::new(GpuClock { cuda, timers: Vec::new(), used: 0 }), name)
+    let name = format!("cuda:{ordinal} {}", cuda.name()?);
+    let (major, minor) = cuda.compute_capability()?;
+    let clock =
+        GpuClock { cuda: cuda.clone(), architecture: (major as u32, minor as u32), events: Vec::new(), used: 0 };
+    Bench::new(lane(&cuda), Box::new(clock), name)
+}
+
+fn lane(cuda: &Cuda) -> Lane {
+    Lane::new(Arc::new(cuda.clone()), LaneKind::Compute)
+}
+
+/// Times by events on the stream.
+struct GpuClock {
+    cuda: Cuda,
+    architecture: (u32, u32),
+    /// Starts and stops, in turn; kept and recorded again.
+    events: Vec<Event>,
+    /// How many of them have been recorded since the last reading.
+    used: usize,
+}
+
+impl GpuClock {
+    fn mark(&mut self) -> Result<()> {
+        if self.used == self.events.len() {
+            self.events.push(self.cuda.timer()?);
+        }
+        self.cuda.record(&self.events[self.used])?;
+        self.used += 1;
+        Ok(())
+    }
 }
 
 impl Clock for GpuClock {
     fn start(&mut self) -> Result<()> {
-        if self.used == self.timers.len() {
-            self.timers.push([self.cuda.timer()?, self.cuda.timer()?]);
-        }
-        self.cuda.record(&self.timers[self.used][0])
+        self.mark()
     }
 
     fn stop(&mut self) -> Result<()> {
-        self.cuda.record(&self.timers[self.used][1])?;
-        self.used += 1;
-        Ok(())
+        self.mark()
     }
 
     fn read(&mut self) -> Result<Vec<f64>> {
         self.cuda.synchronize()?;
         let used = std::mem::take(&mut self.used);
-        self.timers[..used].iter().map(|[start, stop]| start.elapsed_ms(stop)).collect()
+        self.events[..used].chunks_exact(2).map(|pair| pair[0].elapsed_ms(&pair[1])).collect()
     }
 
     fn capture(&mut self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Replay>> {
@@ -64,13 +78,12 @@ impl Clock for GpuClock {
     }
 
     fn architecture(&self) -> Option<(u32, u32)> {
-        let (major, minor) = self.cuda.context().compute_capability().ok()?;
-        Some((u32::try_from(major).ok()?, u32::try_from(minor).ok()?))
+        Some(self.architecture)
     }
 
     fn with_kernels(&self, image: &Image) -> Result<Theirs> {
-        let modules: Arc<Modules> = Arc::new(self.cuda.modules().overlaid(&image.bytes, &image.name)?);
-        let lane = Lane::new(Arc::new(self.cuda.with_modules(modules.clone())), LaneKind::Compute);
-        Ok(Theirs { name: image.name.clone(), lane, asked: Box::new(move || modules.asked()) })
+        let modules = Arc::new(self.cuda.modules().with_image(&image.name, &image.bytes)?);
+        let cuda = self.cuda.with_modules(modules.clone())?;
+        Ok(Theirs { name: image.name.clone(), lane: lane(&cuda), asked: Box::new(move || modules.asked()) })
     }
 }

@@ -138,7 +138,7 @@ fn write_line(row: &impl serde::Serialize) -> Result<()> {
 
 impl Layer {
     fn run(self) -> Result<()> {
-        let mut bench = Bench::open(self.common.device)?;
+        let mut bench = Bench::open(self.common.device.place())?;
         let (dtype, ceiling) = self.common.begin(&mut bench, 1500)?;
         let mut shapes = self.shape;
         if shapes.is_empty() {
@@ -163,7 +163,7 @@ impl Kernels {
     fn run(self) -> Result<()> {
         let cases = kernels::named(self.name.as_deref())?;
         kernels::check_overrides(&cases, &self.shape)?;
-        let mut bench = Bench::open(self.common.device)?;
+        let mut bench = Bench::open(self.common.device.place())?;
         let theirs = match &self.against {
             Some(path) => Some(bench.with_kernels(&bench::Image::of(path, bench.architecture())?)?),
             None => None,

@@ -24,10 +24,10 @@ enum Command {
     Train(Box<train::Args>),
     /// Continue a prompt with a trained model
     Sample(sample::Args),
-    /// Time the MoE layer, or its kernels, beside what the device can do at most
-    Bench(Box<bench::Args>),
     /// Compare schedules of a model on a cluster, by its measured costs
     Plan(Box<plan::Args>),
+    /// Time the MoE layer, or its kernels, beside what the device can do at most
+    Bench(Box<bench::Args>),
     /// Tell what this machine has, and what fsmoe will use
     Doctor(doctor::Args),
 }
@@ -37,8 +37,8 @@ impl Cli {
         match self.command {
             Command::Train(args) => args.run(),
             Command::Sample(args) => args.run(),
-            Command::Bench(args) => args.run(),
             Command::Plan(args) => args.run(),
+            Command::Bench(args) => args.run(),
             Command::Doctor(args) => args.run(),
         }
     }

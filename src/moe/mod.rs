@@ -131,9 +131,14 @@ pub enum RowSplit {
     },
     /// `offsets[e]..offsets[e+1]`: no padding. E + 1 entries.
     Ragged(Vec<usize>),
-    /// As `Ragged` with the offsets, (E + 1) i32, on the device: see [`Segments::Device`]. Only experts that are
+    /// As `Ragged` with the offsets on the device: see [`Segments::Device`]. Only experts that are
     /// [`FusedExpert`] are given such rows.
-    Blocks(Tensor),
+    Blocks {
+        /// (E + 1) i32.
+        offsets: Tensor,
+        /// (E) i32: the rows of each that a token has, where that is known.
+        counts: Option<Tensor>,
+    },
 }
 
 impl RowSplit {
@@ -150,7 +155,7 @@ impl RowSplit {
         match self {
             RowSplit::Even { each, .. } => Ok(e * each..(e + 1) * each),
             RowSplit::Ragged(offsets) => Ok(offsets[e]..offsets[e + 1]),
-            RowSplit::Blocks(_) => config_err!("rows of expert {e}: their offsets are on the device"),
+            RowSplit::Blocks { .. } => config_err!("rows of expert {e}: their offsets are on the device"),
         }
     }
 
@@ -159,7 +164,7 @@ impl RowSplit {
         match self {
             RowSplit::Even { experts, each } => Segments::Even { experts: *experts, each: *each },
             RowSplit::Ragged(offsets) => Segments::Host(offsets),
-            RowSplit::Blocks(offsets) => Segments::Device(offsets),
+            RowSplit::Blocks { offsets, counts } => Segments::Device { offsets, counts: counts.as_ref() },
         }
     }
 }

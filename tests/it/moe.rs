@@ -146,7 +146,7 @@ impl Expert for InBlocks {
         self.0.parameters()
     }
     fn forward(&self, lane: &Lane, rows: &Rows) -> Result<(Tensor, Saved)> {
-        assert!(matches!(rows.split, RowSplit::Blocks(_)), "{:?}", rows.split);
+        assert!(matches!(rows.split, RowSplit::Blocks { .. }), "{:?}", rows.split);
         self.0.forward(lane, rows)
     }
     fn backward_data(&self, lane: &Lane, rows: &Rows, state: &Saved, d_out: &Tensor) -> Result<(Tensor, Saved)> {

@@ -40,7 +40,7 @@ fn capacity(s: &Sizes) -> usize {
 fn segments<'a>(k: &dyn Kernels, s: &Sizes, t: &'a [Tensor]) -> Segments<'a> {
     let bounds = &t[t.len() - 1];
     match k.row_block(t[0].dtype(), s["M"], s["H"]) {
-        Some(block) if s["C"].is_multiple_of(block) => Segments::Device(bounds),
+        Some(block) if s["C"].is_multiple_of(block) => Segments::Device { offsets: bounds, counts: None },
         _ => Segments::Even { experts: s["E"], each: s["C"] },
     }
 }

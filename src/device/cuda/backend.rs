@@ -28,7 +28,7 @@ struct Inner {
     stream: Arc<CudaStream>,
     /// What tensors are allocated from: the lane's own pool, or a graph's while it is captured.
     pool: Mutex<Arc<Pool>>,
-    blas: Arc<Blas>,
+    blas: Blas,
 }
 
 impl Cuda {
@@ -50,19 +50,21 @@ impl Cuda {
         Self::on(self.0.context.clone(), self.0.modules.clone())
     }
 
-    /// The same lane, its stream and its memory, with other kernels (see [`Modules::overlaid`]).
-    #[must_use]
-    pub fn with_modules(&self, modules: Arc<Modules>) -> Self {
-        let Inner { context, stream, blas, .. } = &*self.0;
-        let (context, stream, blas) = (context.clone(), stream.clone(), blas.clone());
-        Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(self.pool()), blas }))
+    /// This lane with other kernels: the same stream and memory.
+    ///
+    /// # Errors
+    /// If cuBLAS makes no further handle.
+    pub fn with_modules(&self, modules: Arc<Modules>) -> Result<Self> {
+        let (context, stream, pool) = (self.0.context.clone(), self.0.stream.clone(), self.pool());
+        let blas = Blas::new(&stream, &pool)?;
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas })))
     }
 
     fn on(context: Arc<CudaContext>, modules: Arc<Modules>) -> Result<Self> {
         context.bind_to_thread().map_err(CudaError::driver("making the GPU's context current"))?;
         let stream = context.new_stream().map_err(CudaError::driver("creating a stream"))?;
         let pool = Pool::new(context.clone());
-        let blas = Arc::new(Blas::new(&stream, &pool)?);
+        let blas = Blas::new(&stream, &pool)?;
         Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas })))
     }
 
@@ -70,6 +72,22 @@ impl Cuda {
     #[must_use]
     pub fn ordinal(&self) -> usize {
         self.0.context.ordinal()
+    }
+
+    /// The GPU's name.
+    ///
+    /// # Errors
+    /// If the driver does not tell.
+    pub fn name(&self) -> Result<String> {
+        Ok(self.0.context.name().map_err(CudaError::driver("asking for the GPU's name"))?)
+    }
+
+    /// The GPU's compute capability, major and minor.
+    ///
+    /// # Errors
+    /// If the driver does not tell.
+    pub fn compute_capability(&self) -> Result<(i32, i32)> {
+        Ok(self.0.context.compute_capability().map_err(CudaError::driver("asking for the GPU's compute capability"))?)
     }
 
     /// The GPU's context.

@@ -3,11 +3,9 @@
 use super::args::Args;
 use super::backend::{Cuda, THREADS};
 use crate::device::check::{self, apart, side_by_side};
-use crate::device::{ExpertKernels, Gelu, GroupedKernels, RowWeights};
+use crate::device::{ExpertKernels, Gelu, RowWeights};
 use crate::error::{Result, shape_err};
 use crate::tensor::Tensor;
-
-impl GroupedKernels for Cuda {}
 
 impl ExpertKernels for Cuda {
     fn gelu(&self, form: Gelu, x: &Tensor, y: &Tensor) -> Result<()> {

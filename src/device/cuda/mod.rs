@@ -3,7 +3,8 @@
 //! - [`probe`](mod@probe) says what is there, and never fails;
 //! - [`open`] opens a GPU;
 //! - [`Modules`] loads the embedded kernels onto it;
-//! - [`Cuda`] is a lane, which runs the operations of [`Kernels`](crate::device::Kernels), one family a file.
+//! - [`Cuda`] is a lane, which runs the operations of [`Kernels`](crate::device::Kernels), one family a file;
+//! - its `hopper_` operations are the matrix products of all experts at once, on Hopper.
 
 use std::sync::Arc;
 
@@ -18,6 +19,8 @@ mod expert;
 mod gate;
 mod gemm;
 mod graph;
+mod grouped;
+mod hopper;
 mod math;
 mod memory;
 mod model;
@@ -36,6 +39,7 @@ pub use backend::Cuda;
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
 pub use event::Event;
 pub use graph::Graph;
+pub use hopper::{Blocks, ROW_TILE, RowScale};
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
 pub use pool::Usage;
 pub use range::{Range, range};

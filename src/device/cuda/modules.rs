@@ -1,7 +1,7 @@
 //! The embedded kernels: finds their entry points by name and launches them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -69,6 +69,19 @@ impl Drop for Module {
     }
 }
 
+impl Module {
+    fn function(self: &Arc<Self>, name: &str) -> Result<Function, CudaError> {
+        let action = || format!("finding the kernel '{name}'");
+        let c_name =
+            CString::new(name).map_err(|_| CudaError::NoKernelFile { name: name.into(), files: unit_names() })?;
+        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
+        // SAFETY: the module is loaded and alive, the name ends in a zero.
+        let handle =
+            unsafe { result::module::get_function(self.handle, c_name) }.map_err(CudaError::driver(action()))?;
+        Ok(Function { handle, name: name.into(), module: self.clone() })
+    }
+}
+
 /// The embedded kernels on one GPU. A kernel file's code is loaded when one of its entry points is first asked for.
 #[derive(Debug)]
 pub struct Modules {
@@ -80,11 +93,11 @@ pub struct Modules {
     overlay: Option<Overlay>,
 }
 
-/// An image whose entry points go before the embedded ones of the same name.
+/// Somebody's code whose entry points go before the embedded ones of the same name.
 #[derive(Debug)]
 struct Overlay {
     module: Arc<Module>,
-    /// The entry points asked for so far, and whether the image has them.
+    /// The entry points asked for since the last reading, and whether it has them.
     asked: Mutex<BTreeMap<String, bool>>,
 }
 
@@ -108,38 +121,30 @@ impl Modules {
         })
     }
 
-    /// The embedded kernels on the same GPU, except that an entry point that `image` (a fat binary, a cubin, or PTX) has is
-    /// taken from there. `what` names the image in errors. It must keep the contract of the entry point whose place it
-    /// takes: it is launched with the same parameters, grid and block.
+    /// The same kernels, with the entry points of `image` (a fat binary, a cubin or PTX called `name`) in the place of
+    /// those of the same name.
     ///
     /// # Errors
     ///
-    /// [`CudaError::Driver`] when the driver does not load the image: it is no code, or has none for this GPU.
-    pub fn overlaid(&self, image: &[u8], what: &str) -> Result<Self, CudaError> {
-        let action = || format!("loading the kernels of {what}");
-        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
-        // Fat binaries are read in 8-byte words; PTX is text that ends in a zero.
-        let mut words = vec![0_u64; image.len() / 8 + 1];
-        bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..image.len()].copy_from_slice(image);
-        // SAFETY: the memory is aligned and followed by a zero; the driver copies what it keeps, and checks the headers of
-        // what it is given.
-        let handle =
-            unsafe { result::module::load_data(words.as_ptr().cast()) }.map_err(CudaError::driver(action()))?;
-        let module = Arc::new(Module { handle, context: self.context.clone() });
-        let overlay = Some(Overlay { module, asked: Mutex::default() });
-        let loaded = built::UNITS.iter().map(|_| OnceLock::new()).collect();
-        let (context, functions) = (self.context.clone(), Mutex::default());
-        Ok(Self { context, loaded, functions, multiprocessors: self.multiprocessors, overlay })
+    /// [`CudaError::Driver`] when the driver does not load the image.
+    pub fn with_image(&self, name: &str, image: &[u8]) -> Result<Self, CudaError> {
+        let module = load(&self.context, || format!("loading the kernels of {name}"), &aligned(image))?;
+        Ok(Self {
+            overlay: Some(Overlay { module, asked: Mutex::default() }),
+            multiprocessors: self.multiprocessors,
+            ..Self::new(&self.context)?
+        })
     }
 
-    /// The entry points asked for so far and whether the image of [`Modules::overlaid`] had them; none without an image.
+    /// The entry points asked for since the last call of this, and whether they were those of [`Modules::with_image`]'s
+    /// image.
     #[must_use]
     pub fn asked(&self) -> Vec<(String, bool)> {
         let asked = |overlay: &Overlay| {
-            let asked = overlay.asked.lock().unwrap_or_else(PoisonError::into_inner);
-            asked.iter().map(|(name, found)| (name.clone(), *found)).collect()
+            let asked = std::mem::take(&mut *overlay.asked.lock().unwrap_or_else(PoisonError::into_inner));
+            asked.into_iter().collect()
         };
-        self.overlay.as_ref().map(asked).unwrap_or_default()
+        self.overlay.as_ref().map_or_else(Vec::new, asked)
     }
 
     /// The GPU that the kernels are for.
@@ -163,38 +168,34 @@ impl Modules {
     pub fn function(&self, name: &str) -> Result<Function, CudaError> {
         // A panic while the lock is held leaves a map that is whole all the same.
         if let Some(function) = self.functions.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
+            self.note(function);
             return Ok(function.clone());
         }
-        let action = || format!("finding the kernel '{name}'");
-        let c_name =
-            CString::new(name).map_err(|_| CudaError::NoKernelFile { name: name.into(), files: unit_names() })?;
-        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
-        let (handle, module) = match self.of_overlay(&c_name, name)? {
-            Some(found) => found,
-            None => {
-                let module = self.module(unit_of(name)?)?;
-                // SAFETY: the module is loaded and alive, the name ends in a zero.
-                let handle = unsafe { result::module::get_function(module.handle, c_name) }
-                    .map_err(CudaError::driver(action()))?;
-                (handle, module)
-            }
+        let function = match self.overlaid(name)? {
+            Some(function) => function,
+            None => self.module(unit_of(name)?)?.function(name)?,
         };
-        let function = Function { handle, name: name.into(), module };
         self.functions.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), function.clone());
+        self.note(&function);
         Ok(function)
     }
 
-    /// The entry point in the overlaid image, if there is one and it has it.
-    fn of_overlay(&self, c_name: &CStr, name: &str) -> Result<Option<(sys::CUfunction, Arc<Module>)>, CudaError> {
-        let Some(Overlay { module, asked }) = &self.overlay else { return Ok(None) };
-        // SAFETY: the module is loaded and alive, the name ends in a zero.
-        let handle = match unsafe { result::module::get_function(module.handle, c_name.into()) } {
-            Ok(handle) => Some(handle),
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND => None,
-            Err(error) => return Err(CudaError::driver(format!("looking for the kernel '{name}'"))(error)),
-        };
-        asked.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), handle.is_some());
-        Ok(handle.map(|handle| (handle, module.clone())))
+    /// For [`Modules::asked`].
+    fn note(&self, function: &Function) {
+        if let Some(Overlay { module, asked }) = &self.overlay {
+            let found = Arc::ptr_eq(module, &function.module);
+            asked.lock().unwrap_or_else(PoisonError::into_inner).insert(function.name.to_string(), found);
+        }
+    }
+
+    /// The entry point of the overlay, if there is one.
+    fn overlaid(&self, name: &str) -> Result<Option<Function>, CudaError> {
+        let Some(overlay) = &self.overlay else { return Ok(None) };
+        match overlay.module.function(name) {
+            Ok(function) => Ok(Some(function)),
+            Err(CudaError::Driver { code, .. }) if code == sys::CUresult::CUDA_ERROR_NOT_FOUND as u32 => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Loads the code of every kernel file: whether all of it suits this GPU and its driver.
@@ -212,15 +213,27 @@ impl Modules {
             return Ok(module.clone());
         }
         let (name, range) = &built::UNITS[unit];
-        let action = || format!("loading the kernels of {name}.cu");
-        self.context.bind_to_thread().map_err(CudaError::driver(action()))?;
-        let image = fat_binary()[range.clone()].as_ptr();
-        // SAFETY: a whole fat binary container lies there, on an 8-byte boundary, and it says its own length.
-        let handle = unsafe { result::module::load_data(image.cast()) }.map_err(CudaError::driver(action()))?;
-        let module = Arc::new(Module { handle, context: self.context.clone() });
+        let module = load(&self.context, || format!("loading the kernels of {name}.cu"), &fat_binary()[range.clone()])?;
         // Of two threads that load at once one's module is dropped again.
         Ok(slot.get_or_init(|| module).clone())
     }
+}
+
+/// Loads an image, which begins on an 8-byte boundary.
+fn load(context: &Arc<CudaContext>, action: impl Fn() -> String, image: &[u8]) -> Result<Arc<Module>, CudaError> {
+    context.bind_to_thread().map_err(CudaError::driver(action()))?;
+    // SAFETY: an image says its own length, and the driver refuses what is none; PTX ends in a zero.
+    let handle = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(CudaError::driver(action()))?;
+    Ok(Arc::new(Module { handle, context: context.clone() }))
+}
+
+/// The bytes on an 8-byte boundary, with zeros behind them.
+fn aligned(image: &[u8]) -> Vec<u8> {
+    // The allocator's blocks of this size begin on 16-byte boundaries.
+    let mut bytes = Vec::with_capacity(image.len() + 16);
+    bytes.extend_from_slice(image);
+    bytes.resize(image.len() + 16, 0);
+    bytes
 }
 
 fn unit_names() -> Vec<&'static str> {

@@ -17,10 +17,15 @@ pub enum Segments<'a> {
     },
     /// Expert e's rows are `offsets[e]..offsets[e + 1]`; E + 1 entries.
     Host(&'a [usize]),
-    /// As `Host`, the offsets (E + 1) i32 on the device: nobody waits for them. Every segment is a multiple of
-    /// [`GroupedKernels::row_block`] rows, of which those that no token has are zero; rows from `offsets[E]` on hold
-    /// nothing and are neither read nor written.
-    Device(&'a Tensor),
+    /// As `Host`, on the device, where nobody waits for them. Every segment is a multiple of [`GroupedKernels::row_block`]
+    /// rows, of which those that no token has are the last, and zero; rows from `offsets[E]` on hold nothing and are
+    /// neither read nor written.
+    Device {
+        /// (E + 1) i32.
+        offsets: &'a Tensor,
+        /// (E) i32: how many of an expert's rows a token has, where that is known: a backend may leave out the others.
+        counts: Option<&'a Tensor>,
+    },
 }
 
 impl Segments<'_> {
@@ -29,7 +34,7 @@ impl Segments<'_> {
         match self {
             Segments::Even { experts, .. } => *experts,
             Segments::Host(offsets) => offsets.len().saturating_sub(1),
-            Segments::Device(offsets) => offsets.elements().saturating_sub(1),
+            Segments::Device { offsets, .. } => offsets.elements().saturating_sub(1),
         }
     }
 }
@@ -258,7 +263,7 @@ pub(in crate::device) mod compose {
         let rows = match segments {
             Segments::Even { experts, each } => Some(experts * each),
             Segments::Host(offsets) => offsets.last().copied(),
-            Segments::Device(_) => None,
+            Segments::Device { .. } => None,
         };
         let fits = w.rank() == 3
             && x.rank() == 2
@@ -295,7 +300,7 @@ pub(in crate::device) mod compose {
             Ok(match segments {
                 Segments::Even { experts, each } => vec![Part::Batch { experts, each }],
                 Segments::Host(offsets) => each(offsets),
-                Segments::Device(offsets) => {
+                Segments::Device { offsets, .. } => {
                     let host = Tensor::host(*offsets.shape(), DType::I32);
                     k.download(offsets, &host)?;
                     each(&host.to_vec::<i32>()?.into_iter().map(|o| o as usize).collect::<Vec<_>>())

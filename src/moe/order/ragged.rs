@@ -86,7 +86,11 @@ impl SparseOrder for Ragged {
         check_tokens(self.name(), routing, x)?;
         let Assignment::TokenChoice { experts, slots, .. } = &routing.assignment else { return Ok(None) };
         let (index, offsets) = Index::blocks(lane, routing, experts, slots, block)?;
-        Ok(Some((Rows { data: index.dispatch(lane, x)?, split: RowSplit::Blocks(offsets) }, Box::new(index))))
+        // Loads are before drops and per group: they are what an expert has where there is one group and none are dropped.
+        let kept = routing.groups == 1 && routing.capacity >= routing.tokens;
+        let counts = if kept { Some(routing.loads.reshape([routing.experts])?) } else { None };
+        let split = RowSplit::Blocks { offsets, counts };
+        Ok(Some((Rows { data: index.dispatch(lane, x)?, split }, Box::new(index))))
     }
 
     fn gather_grad(&self, lane: &Lane, routing: &Routing, index: &Saved, dy: &Tensor) -> Result<(Tensor, Tensor)> {

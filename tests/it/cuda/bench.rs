@@ -5,15 +5,14 @@ use std::path::{Path, PathBuf};
 use fsmoe::bench::kernels::{KernelRow, Overrides, cases, named};
 use fsmoe::bench::layer::{LayerRow, LayerSettings};
 use fsmoe::bench::{Bench, Ceiling, Image, Load, against, kernels, layer};
-use fsmoe::device::DeviceChoice;
 use fsmoe::moe::Capacity;
 use fsmoe::moe::gate::GateKind;
 use fsmoe::moe::order::OrderKind;
-use fsmoe::tensor::DType;
+use fsmoe::tensor::{DType, Place};
 use fsmoe::{Error, Result};
 
 fn gpu() -> Bench {
-    let mut bench = Bench::open(DeviceChoice::Cuda(0)).unwrap();
+    let mut bench = Bench::open(Place::Cuda(0)).unwrap();
     bench.set_budget(std::time::Duration::ZERO);
     bench
 }

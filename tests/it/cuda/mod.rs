@@ -10,11 +10,13 @@ mod weighted;
 
 mod bandwidth;
 mod expert;
+mod gate;
 mod graph;
 mod math;
 mod memory;
 mod model;
 mod optim;
+mod order;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,0 +1,461 @@
+// What happens to a tile's sums: the activation, and the way to memory.
+//
+// While one consumer is here the other multiplies, and every instruction issued here takes register bandwidth from it: so
+// what counts is the number of instructions. A lane's sums of one row are two columns of every eight (ptx/wgmma.cuh);
+// stored as they lie, a warp would write 16 bytes here and there. Four fragments of eight rows and eight columns therefore
+// pass through shared memory, one instruction in and one out, after which each of the four lanes that share a row has all
+// eight columns of one fragment: 16 bytes, and four such side by side. (Trading them by shuffles takes 16 instructions and
+// was 10% slower over the whole of a GELU forward.) Inputs are read in that same layout.
+#pragma once
+
+#include <utility>
+
+#include "expert/activation.cuh"
+#include "expert/grouped_gemm.cuh"
+
+namespace fsmoe::grouped {
+
+// ----------------------------------------------------------------------------
+// Pieces of a tile
+
+// 8 rows and 8 columns, a pair of neighbouring values per lane: rows 64 * block + 8 * half + (0..8) of the warp's 16-row
+// stripes, columns 8 * group + (0..8).
+struct Fragment {
+  int block, half, group;
+};
+
+// A unit is four fragments that the lanes of a quad share out: four groups of a row if there are as many, else what is
+// left of several rows. Every fragment of Groups column groups and Blocks blocks is in one unit. The two halves of the
+// same groups come one after the other: together their sums are whole quads of registers, free for 16-byte loads.
+template <int Groups, int Blocks>
+struct Units {
+  static constexpr int fours = Groups / 4, twos = Groups % 4 / 2, ones = Groups % 2;
+  static constexpr int count = Blocks * (2 * fours + twos) + ones;
+  static_assert(ones == 0 || Blocks == 2, "a group left over needs four 8-row halves to make a unit");
+
+  // Whether the unit's fragments are of the same rows.
+  __host__ __device__ static constexpr bool one_row(int unit) { return unit < Blocks * 2 * fours; }
+  // Fragment `i` of the unit; its lane's own is number lane % 4.
+  __host__ __device__ static constexpr Fragment fragment(int unit, int i) {
+    if (unit < Blocks * 2 * fours) return {unit / (2 * fours), unit % 2, unit % (2 * fours) / 2 * 4 + i};
+    if (unit < Blocks * (2 * fours + twos)) return {unit - Blocks * 2 * fours, i / 2, 4 * fours + i % 2};
+    return {i / 2, i % 2, Groups - 1};
+  }
+};
+
+// Calls body(unit) with the unit's number as a type, so that every index into the sums is a constant.
+template <int... I, class Body>
+__device__ __forceinline__ void for_each(std::integer_sequence<int, I...>, Body body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <class Units, class Body>
+__device__ __forceinline__ void for_units(Body body) {
+  for_each(std::make_integer_sequence<int, Units::count>{}, body);
+}
+
+// The sum at column c (0 or 1) of a lane's pair in a fragment.
+template <int Blocks, int Count>
+__device__ __forceinline__ float sum_at(const float (&sums)[Blocks][Count], Fragment f, int c) {
+  return sums[f.block][4 * f.group + 2 * f.half + c];
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ __forceinline__ float low(uint32_t both) { return __uint_as_float(both << 16); }
+__device__ __forceinline__ float high(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
+
+__device__ __forceinline__ uint4 load_shared(uint32_t at) {
+  uint4 w;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(at) : "memory");
+  return w;
+}
+
+// The warp's slots in shared memory, through which the four lanes of a quad trade a unit of 32-bit words: each lane gives
+// word i of fragment i and gets the four words of its own fragment. Slots are put, then all got, then may be put again.
+class Trade {
+ public:
+  __device__ __forceinline__ explicit Trade(uint32_t slots) {
+    const int lane = threadIdx.x % 32;
+    // Fragments are 128 bytes apart and turned by two rows each: without the turn the four lanes of a quad would read from
+    // the same banks.
+    put_ = slots + lane / 8 * 128 + (lane % 8 + lane / 8 * 2) % 8 * 16;
+    get_ = slots + lane % 4 * 128 + (lane / 4 + lane % 4 * 2) % 8 * 16;
+    put_sums_ = slots + lane * 8;
+    get_sums_ = slots + wide_fragment(lane % 4) + lane / 4 * 32;
+  }
+
+  __device__ __forceinline__ void put(int slot, const uint32_t (&w)[4]) const {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(put_ + slot * slot_bytes),
+                 "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+  }
+  __device__ __forceinline__ uint4 get(int slot) const { return load_shared(get_ + slot * slot_bytes); }
+  // Between puts and gets, and between gets and the next puts.
+  __device__ __forceinline__ void turn() const { __syncwarp(); }
+
+  // A unit's sums unrounded: the lane's eight of its own row. Takes all slots, puts and gets.
+  template <class Units, int Unit, int Blocks, int Count>
+  __device__ __forceinline__ void sums_of_row(const float (&sums)[Blocks][Count], float (&row)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Fragment f = Units::fragment(Unit, i);
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put_sums_ + wide_fragment(i)), "f"(sum_at(sums, f, 0)),
+                   "f"(sum_at(sums, f, 1))
+                   : "memory");
+    }
+    turn();
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(row[i]), "=f"(row[i + 1]), "=f"(row[i + 2]), "=f"(row[i + 3])
+                   : "r"(get_sums_ + 4 * i)
+                   : "memory");
+    }
+    turn();
+  }
+
+ private:
+  // Where an unrounded fragment, 8 rows of 32 bytes, begins: four of them, read side by side, fall on different banks.
+  __device__ __forceinline__ static constexpr int wide_fragment(int i) { return 256 * i + 16 * (i % 2) + 64 * (i / 2); }
+  static_assert(256 * 4 + 16 + 64 <= slots_per_warp * slot_bytes, "a unit's sums take all slots");
+
+  uint32_t put_, get_, put_sums_, get_sums_;
+};
+
+// A thread's view of one tile of a (rows, cols) matrix in memory. What lies past the matrix is neither read nor written.
+struct Window {
+  int row, col, rows, cols;
+
+  __device__ __forceinline__ Window(int tile_row, int rows, int tile_col, int cols)
+      : row(tile_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4), col(tile_col), rows(rows), cols(cols) {}
+
+  __device__ __forceinline__ int row_of(Fragment f) const { return row + 64 * f.block + 8 * f.half; }
+  // Rows can be past the end in weight gradients only: everywhere else a tile lies within the experts' rows.
+  template <bool CheckRows>
+  __device__ __forceinline__ bool has(Fragment f) const {
+    return 8 * f.group < cols - col && (!CheckRows || row_of(f) < rows);
+  }
+  __device__ __forceinline__ index_t at(Fragment f) const {
+    return static_cast<index_t>(row_of(f)) * cols + (col + 8 * f.group);
+  }
+};
+
+// Under a predicate, not a branch: where lanes part, the compiler serialises a warpgroup's products.
+template <bool CheckRows = false>
+__device__ __forceinline__ void store(bf16* matrix, const Window& window, Fragment mine, uint4 w) {
+  asm volatile(
+      "{\n"
+      ".reg .pred has;\n"
+      "setp.ne.b32 has, %0, 0;\n"
+      "@has st.global.v4.b32 [%1], {%2, %3, %4, %5};\n"
+      "}" ::"r"(static_cast<int>(window.has<CheckRows>(mine))),
+      "l"(matrix + window.at(mine)), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+      : "memory");
+}
+// Zeros outside the matrix.
+template <bool CheckRows = false>
+__device__ __forceinline__ uint4 fetch(const bf16* matrix, const Window& window, Fragment mine) {
+  uint4 w = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred has;\n"
+      "setp.ne.b32 has, %4, 0;\n"
+      "@has ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%5];\n"
+      "}"
+      : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w)
+      : "r"(static_cast<int>(window.has<CheckRows>(mine))), "l"(matrix + window.at(mine)));
+  return w;
+}
+
+// ----------------------------------------------------------------------------
+// D as it is.
+
+struct PlainArgs {
+  bf16* d;
+  int rows, cols;
+};
+
+struct Plain {
+  using Args = PlainArgs;
+  static constexpr int inputs = 0;
+
+  template <int Blocks, int Count>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+                                             uint32_t slots, InputRing&, const Args& args) {
+    using U = Units<Count / 4, Blocks>;
+    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
+    const Trade trade(slots);
+    const int quad = threadIdx.x % 4;
+    // As many units at a time as there are slots.
+    constexpr int batches = (U::count + slots_per_warp - 1) / slots_per_warp;
+    for_each(std::make_integer_sequence<int, batches>{}, [&](auto number) {
+      constexpr int first = decltype(number)::value * slots_per_warp;
+      constexpr int here = U::count - first < slots_per_warp ? U::count - first : slots_per_warp;
+#pragma unroll
+      for (int slot = 0; slot < here; ++slot) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Fragment f = U::fragment(first + slot, i);
+          w[i] = pack(sum_at(sums, f, 0), sum_at(sums, f, 1));
+        }
+        trade.put(slot, w);
+      }
+      trade.turn();
+#pragma unroll
+      for (int slot = 0; slot < here; ++slot) {
+        store(args.d, window, U::fragment(first + slot, quad), trade.get(slot));
+      }
+      trade.turn();
+    });
+  }
+};
+
+// ----------------------------------------------------------------------------
+// A weight gradient: D of each expert, up to two of them, or added to what is there, rounded once either way.
+
+struct WeightArgs {
+  bf16* d[2];
+  int rows, cols;
+  int accumulate;
+};
+
+struct WeightGradient {
+  using Args = WeightArgs;
+  static constexpr int inputs = 0;
+
+  template <int Blocks, int Count>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+                                             uint32_t slots, InputRing&, const Args& args) {
+    using U = Units<Count / 4, Blocks>;
+    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
+    const Trade trade(slots);
+    const int quad = threadIdx.x % 4;
+    bf16* d = args.d[tile.output] + static_cast<index_t>(tile.expert) * args.rows * args.cols;
+    for_units<U>([&](auto number) {
+      constexpr int unit = decltype(number)::value;
+      const Fragment mine = U::fragment(unit, quad);
+      float row[8];
+      trade.sums_of_row<U, unit>(sums, row);
+      if (args.accumulate) {
+        const uint4 old = fetch<true>(d, window, mine);
+        row[0] += low(old.x), row[1] += high(old.x), row[2] += low(old.y), row[3] += high(old.y);
+        row[4] += low(old.z), row[5] += high(old.z), row[6] += low(old.w), row[7] += high(old.w);
+      }
+      store<true>(d, window, mine,
+                  make_uint4(pack(row[0], row[1]), pack(row[2], row[3]), pack(row[4], row[5]), pack(row[6], row[7])));
+    });
+  }
+};
+
+// ----------------------------------------------------------------------------
+// Forward with an activation. What backward will read is written too, unless its pointer is null.
+
+struct ForwardArgs {
+  // GELU: pre and none; SwiGLU: gate and up. May be null.
+  bf16* pre[2];
+  bf16* act;
+  int rows, cols;
+};
+
+template <class Gelu>
+struct GeluForward {
+  using Args = ForwardArgs;
+  static constexpr int inputs = 0;
+
+  template <int Blocks, int Count>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+                                             uint32_t slots, InputRing&, const Args& args) {
+    using U = Units<Count / 4, Blocks>;
+    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
+    const Trade trade(slots);
+    const int quad = threadIdx.x % 4;
+    for_units<U>([&](auto number) {
+      constexpr int unit = decltype(number)::value;
+      uint32_t pre[4], act[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Fragment f = U::fragment(unit, i);
+        const float left = sum_at(sums, f, 0), right = sum_at(sums, f, 1);
+        pre[i] = pack(left, right);
+        act[i] = pack(Gelu::value(left), Gelu::value(right));
+      }
+      trade.put(0, pre);
+      trade.put(1, act);
+      trade.turn();
+      const Fragment mine = U::fragment(unit, quad);
+      if (args.pre[0]) store(args.pre[0], window, mine, trade.get(0));
+      store(args.act, window, mine, trade.get(1));
+      trade.turn();
+    });
+  }
+};
+
+// The tile's left half is gate, its right half up, of the same columns.
+struct SwigluForward {
+  using Args = ForwardArgs;
+  static constexpr int inputs = 0;
+
+  template <int Blocks, int Count>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+                                             uint32_t slots, InputRing&, const Args& args) {
+    constexpr int Groups = Count / 8;
+    using U = Units<Groups, Blocks>;
+    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
+    const Trade trade(slots);
+    const int quad = threadIdx.x % 4;
+    for_units<U>([&](auto number) {
+      constexpr int unit = decltype(number)::value;
+      uint32_t gate[4], up[4], act[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Fragment f = U::fragment(unit, i);
+        const Fragment g = {f.block, f.half, f.group + Groups};
+        gate[i] = pack(sum_at(sums, f, 0), sum_at(sums, f, 1));
+        up[i] = pack(sum_at(sums, g, 0), sum_at(sums, g, 1));
+        act[i] = pack(swiglu<bf16>(sum_at(sums, f, 0), sum_at(sums, g, 0)).value,
+                      swiglu<bf16>(sum_at(sums, f, 1), sum_at(sums, g, 1)).value);
+      }
+      trade.put(0, gate);
+      trade.put(1, up);
+      trade.put(2, act);
+      trade.turn();
+      const Fragment mine = U::fragment(unit, quad);
+      if (args.pre[0]) {
+        store(args.pre[0], window, mine, trade.get(0));
+        store(args.pre[1], window, mine, trade.get(1));
+      }
+      store(args.act, window, mine, trade.get(2));
+      trade.turn();
+    });
+  }
+};
+
+// ----------------------------------------------------------------------------
+// Backward with an activation. The sums are the gradient of the activation for an output gradient that the rows' combine
+// weights have not yet scaled: so the same operand serves every choice of a token, and the weight's own gradient, the
+// product of that gradient and the activation summed over the row, falls out here.
+
+struct BackwardArgs {
+  // GELU: pre and none; SwiGLU: gate and up.
+  const bf16* pre[2];
+  bf16* d_pre[2];
+  // The activation times the row's weight, the operand of the next weight gradient; null where it is not wanted.
+  bf16* act;
+  // (R): what scales a row, and (column tiles, R): each tile's share of the weights' gradient. Either may be null.
+  const float* weight;
+  float* partial;
+  int rows, cols;
+};
+
+// What an element of the activation's input contributes.
+struct Swiglus {
+  static constexpr int inputs = 2;
+  __device__ __forceinline__ static Swiglu at(float gate, float up) { return swiglu<bf16>(gate, up); }
+};
+template <class Gelu>
+struct Gelus {
+  static constexpr int inputs = 1;
+  __device__ __forceinline__ static Swiglu at(float pre, float) {
+    const ValueAndDerivative both = Gelu::both(pre);
+    return {both.value, both.derivative, 0.0f};
+  }
+};
+
+template <class Activation>
+struct Backward {
+  using Args = BackwardArgs;
+  static constexpr int inputs = Activation::inputs;
+
+  // A box holds the four groups of a unit, or the two that are left over.
+  template <int Blocks, int Count>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+                                             uint32_t slots, InputRing& ring, const Args& args) {
+    using U = Units<Count / 4, Blocks>;
+    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
+    const Trade trade(slots);
+    const int quad = threadIdx.x % 4;
+    // Of the thread's rows, by block and half.
+    float weights[Blocks][2], partials[Blocks][2];
+#pragma unroll
+    for (int row = 0; row < 2 * Blocks; ++row) {
+      weights[row / 2][row % 2] = args.weight ? __ldg(args.weight + window.row_of({row / 2, row % 2, 0})) : 1.0f;
+      partials[row / 2][row % 2] = 0.0f;
+    }
+    // Within a box the lane's 16 bytes of its row: eight lanes read 128 bytes that lie together.
+    const uint32_t here = ring.stages + (threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4) * (input_cols * 2);
+    for_units<U>([&](auto number) {
+      constexpr int unit = decltype(number)::value;
+      const Fragment mine = U::fragment(unit, quad);
+      float row[8];
+      trade.sums_of_row<U, unit>(sums, row);
+      // Two units of four groups are a box, the two halves of its rows, and so is the one unit of what is left.
+      if (!U::one_row(unit) || unit % 2 == 0) ptx::mbarrier_wait(ring.full + 8 * ring.turn.stage, ring.turn.parity);
+      const uint32_t box = here + ring.turn.stage * (inputs * input_bytes) + mine.half * (8 * input_cols * 2) +
+                           mine.group % 4 * 16;
+      const uint4 first = load_shared(box), second = load_shared(box + (inputs - 1) * input_bytes);
+      float weight;
+      if constexpr (U::one_row(unit)) {
+        weight = weights[U::fragment(unit, 0).block][U::fragment(unit, 0).half];
+      } else {
+        weight = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Fragment f = U::fragment(unit, i);
+          weight = i == quad ? weights[f.block][f.half] : weight;
+        }
+      }
+      if (!U::one_row(unit) || unit % 2 == 1) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty + 8 * ring.turn.stage);
+        ring.turn.next();
+      }
+      const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
+      uint32_t d_a[4], d_b[4], act[4];
+      float partial = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Swiglu left = Activation::at(low(a[i]), low(b[i])), right = Activation::at(high(a[i]), high(b[i]));
+        const float d_left = row[2 * i], d_right = row[2 * i + 1];
+        partial += d_left * left.value;
+        partial += d_right * right.value;
+        const float w_left = weight * d_left, w_right = weight * d_right;
+        d_a[i] = pack(w_left * left.by_gate, w_right * right.by_gate);
+        d_b[i] = pack(w_left * left.by_up, w_right * right.by_up);
+        act[i] = pack(weight * left.value, weight * right.value);
+      }
+      store(args.d_pre[0], window, mine, make_uint4(d_a[0], d_a[1], d_a[2], d_a[3]));
+      if (inputs == 2) store(args.d_pre[1], window, mine, make_uint4(d_b[0], d_b[1], d_b[2], d_b[3]));
+      if (args.act) store(args.act, window, mine, make_uint4(act[0], act[1], act[2], act[3]));
+      if constexpr (U::one_row(unit)) {
+        partials[U::fragment(unit, 0).block][U::fragment(unit, 0).half] += partial;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Fragment f = U::fragment(unit, i);
+          partials[f.block][f.half] += i == quad ? partial : 0.0f;
+        }
+      }
+    });
+    if (!args.partial) return;
+    // The lanes of a quad have summed different columns of the same rows.
+#pragma unroll
+    for (int row = 0; row < 2 * Blocks; ++row) {
+      float x = partials[row / 2][row % 2];
+      x += __shfl_xor_sync(0xffffffffu, x, 1);
+      x += __shfl_xor_sync(0xffffffffu, x, 2);
+      // A cluster's second column tile may lie past the last one.
+      if (quad == 0 && tile.col < args.cols) {
+        args.partial[static_cast<index_t>(tile.col_tile) * args.rows + window.row_of({row / 2, row % 2, 0})] = x;
+      }
+    }
+  }
+};
+
+using SwigluBackward = Backward<Swiglus>;
+template <class Gelu>
+using GeluBackward = Backward<Gelus<Gelu>>;
+
+}  // namespace fsmoe::grouped
