@@ -1,8 +1,9 @@
 // Tokens choose experts: from logits to experts, weights, and what the losses and the slots are made of, in one pass; and
 // the gradient of the logits, in one pass.
 //
-//   choose_forward_v{1,2,4,8,16,32}(logits, bias, tokens, experts, k, sigmoid, groups, kept, normalise, scale, eps,
-//                                   tile, tiles, chosen, weights, best, counts, columns, sums, ticket)
+//   choose_forward_{softmax,sigmoid}_v{1,2,4,8,16,32}(logits, bias, tokens, experts, k, groups, kept, normalise, scale,
+//                                                     eps, tile, tiles, chosen, weights, best, counts, columns, sums,
+//                                                     ticket)
 //   choose_backward_v{...}_{bf16,f16,f32}(logits, chosen, d_weights, fraction, d_balance, d_z, rows, experts, k,
 //                                         sigmoid, normalise, scale, eps, d_logits)
 //
@@ -30,16 +31,19 @@ namespace fsmoe {
 
 constexpr int choose_warps = 16;
 
-__device__ __forceinline__ float logistic(float x) { return 1.0f / (1.0f + expf(-x)); }
+// A quotient whose last bits do not matter: the division that rounds correctly is a branch and ten instructions.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 
-// A row's unnormalised scores: e^(x - max), or sigmoids; and their sum. Columns beyond the end count nothing.
+__device__ __forceinline__ float logistic(float x) { return quotient(1.0f, 1.0f + expf(-x)); }
+
+// A row's unnormalised scores: e^(x - max), or sigmoids; and their sum. Columns beyond the end have logit -inf, so score 0.
 template <int V>
 struct Scores {
   float value[V];
   float max;  // of the logits, for a softmax
   float sum;
 
-  __device__ __forceinline__ Scores(const float (&x)[V], int cols, bool sigmoid, int lane) {
+  __device__ __forceinline__ Scores(const float (&x)[V], bool sigmoid) {
     max = 0.0f;
     if (!sigmoid) {
       max = x[0];
@@ -50,7 +54,7 @@ struct Scores {
     float part = 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      value[i] = Row<V>::column(i, lane) < cols ? one(x[i], sigmoid) : 0.0f;
+      value[i] = one(x[i], sigmoid);
       part += value[i];
     }
     sum = warp_sum(part);
@@ -63,10 +67,9 @@ struct Scores {
 // ----------------------------------------------------------------------------
 // Forward
 
-template <int V>
+template <int V, bool sigmoid>
 __device__ __forceinline__ void choose_forward(
-    const float* __restrict__ logits, const float* __restrict__ bias, index_t tokens, int experts, int k, bool sigmoid,
-    int groups, int kept, bool normalise, float scale, float eps, int tile, int tiles, int* __restrict__ chosen,
+    const float* __restrict__ logits, const float* __restrict__ bias, index_t tokens, int experts, int k, int groups, int kept, bool normalise, float scale, float eps, int tile, int tiles, int* __restrict__ chosen,
     float* __restrict__ weights, float* __restrict__ best, unsigned* __restrict__ counts, float* __restrict__ columns,
     float* __restrict__ sums, unsigned* __restrict__ ticket) {
   extern __shared__ unsigned choose_memory[];
@@ -89,33 +92,39 @@ __device__ __forceinline__ void choose_forward(
 
   float column_sums[V] = {};
   float entropy = 0.0f, squares = 0.0f;
-  // A row is loaded while the one before is worked on.
+  // A row is loaded while the one before is worked on, where there are registers for two.
+  constexpr bool ahead = V <= 8;
   float next[V] = {};
-  if (warp < count) load_row<V>(logits + (first + warp) * experts, experts, packs, lane, -INFINITY, next);
+  if (ahead && warp < count) load_row<V>(logits + (first + warp) * experts, experts, packs, lane, -INFINITY, next);
   for (int r = warp; r < count; r += choose_warps) {
     const index_t token = first + r;
     float x[V];
+    if constexpr (ahead) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = next[i];
-    if (r + choose_warps < count) {
-      load_row<V>(logits + (token + choose_warps) * experts, experts, packs, lane, -INFINITY, next);
+      for (int i = 0; i < V; ++i) x[i] = next[i];
+      if (r + choose_warps < count) {
+        load_row<V>(logits + (token + choose_warps) * experts, experts, packs, lane, -INFINITY, next);
+      }
+    } else {
+      load_row<V>(logits + token * experts, experts, packs, lane, -INFINITY, x);
     }
 
-    const Scores<V> scores(x, experts, sigmoid, lane);
+    const Scores<V> scores(x, sigmoid);
     // A row of sigmoids that have all gone to 0 has probabilities 0.
     const float total = sigmoid ? scores.sum + eps : scores.sum;
-    const float inverse = 1.0f / total;
+    const float inverse = quotient(1.0f, total);
     float logs = 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float score = scores.value[i];
       column_sums[i] += score * inverse;
       // p ln p goes to 0 with p.
-      if (score != 0.0f) logs += score * (sigmoid ? logf(score) : x[i] - scores.max);
+      const float log = sigmoid ? __logf(score) : x[i] - scores.max;
+      logs += score == 0.0f ? 0.0f : score * log;
     }
     logs = warp_sum(logs);
     const float log_sum = logf(scores.sum);
-    if (scores.sum != 0.0f) entropy += log_sum - logs / scores.sum;
+    entropy += scores.sum == 0.0f ? 0.0f : log_sum - logs * quotient(1.0f, scores.sum);
     const float lse = scores.max + log_sum;
     squares += lse * lse;
 
@@ -140,12 +149,12 @@ __device__ __forceinline__ void choose_forward(
     float score = 0.0f;
     if (lane < k) {
       score = scores.one(logits[token * experts + mine], sigmoid);
-      if (!sigmoid) score /= scores.sum;
+      if (!sigmoid) score *= inverse;
     }
-    const float sum = warp_sum(score);
+    const float factor = normalise ? quotient(scale, warp_sum(score) + eps) : scale;
     if (lane < k) {
       chosen[token * k + lane] = mine;
-      weights[token * k + lane] = normalise ? score * (scale / (sum + eps)) : score * scale;
+      weights[token * k + lane] = score * factor;
       atomicAdd(&histogram[lane * experts + mine], 1u);
     }
     if (best != nullptr && lane == 0) best[token] = score;
@@ -213,8 +222,8 @@ __device__ __forceinline__ void choose_backward(const float* __restrict__ logits
       weight_grad = d_weights[row * k + lane];
       logit = logits[row * experts + mine];
     }
-    const Scores<V> scores(x, experts, sigmoid, lane);
-    const float inverse = 1.0f / (sigmoid ? scores.sum + eps : scores.sum);
+    const Scores<V> scores(x, sigmoid);
+    const float inverse = quotient(1.0f, sigmoid ? scores.sum + eps : scores.sum);
 
     // Lane j: the chosen score and its gradient. A weight is scale * score / total: with a sum of k scores for a total,
     // every score has a part in every weight.
@@ -223,8 +232,8 @@ __device__ __forceinline__ void choose_backward(const float* __restrict__ logits
     float d_score = scale * weight_grad;
     if (normalise) {
       const float total = warp_sum(score) + eps;
-      const float inner = warp_sum(weight_grad * score) * (scale / total);
-      d_score = (d_score - inner) / total;
+      const float share = quotient(1.0f, total);
+      d_score = (d_score - warp_sum(weight_grad * score) * (scale * share)) * share;
     }
     if (lane >= k) d_score = 0.0f;
 
@@ -284,14 +293,17 @@ __device__ __forceinline__ void choose_backward(const float* __restrict__ logits
 // ----------------------------------------------------------------------------
 // Entry points
 
-#define FSMOE_CHOOSE_FORWARD(V)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(512, V <= 8 ? 2 : 1) choose_forward_v##V(                              \
-      const float* logits, const float* bias, fsmoe::index_t tokens, int experts, int k, int sigmoid, int groups,     \
-      int kept, int normalise, float scale, float eps, int tile, int tiles, int* chosen, float* weights, float* best, \
+#define FSMOE_CHOOSE_FORWARD_OF(V, score, is_sigmoid)                                                                 \
+  extern "C" __global__ void __launch_bounds__(512, V <= 8 ? 2 : 1) choose_forward_##score##_v##V(                    \
+      const float* logits, const float* bias, fsmoe::index_t tokens, int experts, int k, int groups, int kept,        \
+      int normalise, float scale, float eps, int tile, int tiles, int* chosen, float* weights, float* best,           \
       unsigned* counts, float* columns, float* sums, unsigned* ticket) {                                              \
-    fsmoe::choose_forward<V>(logits, bias, tokens, experts, k, sigmoid, groups, kept, normalise, scale, eps, tile,    \
-                             tiles, chosen, weights, best, counts, columns, sums, ticket);                            \
+    fsmoe::choose_forward<V, is_sigmoid>(logits, bias, tokens, experts, k, groups, kept, normalise, scale, eps, tile, \
+                                         tiles, chosen, weights, best, counts, columns, sums, ticket);                \
   }
+#define FSMOE_CHOOSE_FORWARD(V)               \
+  FSMOE_CHOOSE_FORWARD_OF(V, softmax, false)  \
+  FSMOE_CHOOSE_FORWARD_OF(V, sigmoid, true)
 
 FSMOE_FOR_EACH_ROW(FSMOE_CHOOSE_FORWARD)
 

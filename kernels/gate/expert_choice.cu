@@ -55,6 +55,36 @@ constexpr int select_threads = 1024;
 constexpr int select_warps = select_threads / warp_size;
 constexpr int select_bins = 2 * select_threads;
 
+// Calls body(i, key) for this thread's of n keys, of which it has eight in flight.
+template <typename Body>
+__device__ __forceinline__ void for_each_key(const unsigned* keys, index_t n, Body body) {
+  constexpr int in_flight = 8;
+  for (index_t from = threadIdx.x; from < n; from += in_flight * select_threads) {
+    unsigned key[in_flight];
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) key[u] = keys[min(from + u * select_threads, n - 1)];
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) {
+      if (from + u * select_threads < n) body(from + u * select_threads, key[u]);
+    }
+  }
+}
+
+// Calls body(at + lane, key) for all lanes of this warp's strip at a time, with key 0 beyond its end; four in flight.
+template <typename Body>
+__device__ __forceinline__ void for_each_in_strip(const unsigned* keys, const Strip& strip, int lane, Body body) {
+  constexpr int in_flight = 4;
+  for (index_t at = strip.from + lane; at - lane < strip.to; at += in_flight * warp_size) {
+    unsigned key[in_flight];
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) key[u] = keys[min(at + u * warp_size, strip.to - 1)];
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) {
+      body(at + u * warp_size, at + u * warp_size < strip.to ? key[u] : 0u);
+    }
+  }
+}
+
 // The `wanted`-th largest of n keys, and how many of the keys equal to it are among the `wanted` largest.
 struct Threshold {
   unsigned key, equals;
@@ -71,10 +101,9 @@ __device__ __forceinline__ Threshold find_threshold(const unsigned* keys, index_
     for (int i = threadIdx.x; i < select_bins; i += select_threads) bins[i] = 0;
     __syncthreads();
     // Only keys that share the bits found so far are still of interest.
-    for (index_t i = threadIdx.x; i < n; i += select_threads) {
-      const unsigned key = keys[i];
+    for_each_key(keys, n, [&](index_t, unsigned key) {
       if ((key & mask) == threshold.key) atomicAdd(&bins[key >> shift & (width - 1)], 1u);
-    }
+    });
     __syncthreads();
     // Each thread has two bins, from the last down.
     const unsigned high = select_bins - 1 - 2 * threadIdx.x;
@@ -111,7 +140,7 @@ __device__ __forceinline__ void expert_choice_select(const unsigned* __restrict_
   unsigned* more = select_memory + select_warps * radix_digits;
   const unsigned* keys = all_keys + expert * tokens + first;
   if (keys_shared) {
-    for (index_t i = threadIdx.x; i < per_group; i += select_threads) more[i] = keys[i];
+    for_each_key(keys, per_group, [&](index_t i, unsigned key) { more[i] = key; });
     keys = more;
     more += per_group;
     __syncthreads();
@@ -127,12 +156,11 @@ __device__ __forceinline__ void expert_choice_select(const unsigned* __restrict_
   // How many of each warp's strip are above the threshold, and at it.
   const Strip strip(per_group);
   unsigned above = 0, equal = 0;
-  for (index_t at = strip.from; at < strip.to; at += warp_size) {
-    const bool inside = at + lane < strip.to;
-    const unsigned key = inside ? keys[at + lane] : 0;
-    above += __popc(__ballot_sync(full_warp, inside && key > threshold.key));
-    equal += __popc(__ballot_sync(full_warp, inside && key == threshold.key));
-  }
+  // No threshold is 0, so what lies beyond the strip's end is below it.
+  for_each_in_strip(keys, strip, lane, [&](index_t, unsigned key) {
+    above += __popc(__ballot_sync(full_warp, key > threshold.key));
+    equal += __popc(__ballot_sync(full_warp, key == threshold.key));
+  });
   if (lane == 0) {
     counts[0][warp] = above;
     counts[1][warp] = equal;
@@ -143,22 +171,19 @@ __device__ __forceinline__ void expert_choice_select(const unsigned* __restrict_
     above += counts[0][w];
     equal += counts[1][w];
   }
-  for (index_t at = strip.from; at < strip.to; at += warp_size) {
-    const bool inside = at + lane < strip.to;
-    const unsigned key = inside ? keys[at + lane] : 0;
-    const unsigned are_above = __ballot_sync(full_warp, inside && key > threshold.key);
-    const unsigned are_equal = __ballot_sync(full_warp, inside && key == threshold.key);
+  for_each_in_strip(keys, strip, lane, [&](index_t i, unsigned key) {
+    const unsigned are_above = __ballot_sync(full_warp, key > threshold.key);
+    const unsigned are_equal = __ballot_sync(full_warp, key == threshold.key);
     const unsigned equal_before = equal + __popc(are_equal & below);
-    const bool taken = inside && (key > threshold.key || (key == threshold.key && equal_before < threshold.equals));
-    if (taken) {
+    if (key > threshold.key || (key == threshold.key && equal_before < threshold.equals)) {
       const unsigned place = above + __popc(are_above & below) + min(equal_before, threshold.equals);
       // Ascending by these is descending by key.
       list_keys[place] = ~key;
-      list_tokens[place] = static_cast<unsigned>(at + lane);
+      list_tokens[place] = static_cast<unsigned>(i);
     }
     above += __popc(are_above);
     equal += __popc(are_equal);
-  }
+  });
   __syncthreads();
 
   for (int shift = 0; shift < 32; shift += 8) {

@@ -59,9 +59,10 @@ __device__ __forceinline__ void load_row(const float* __restrict__ row, int cols
 // Floats as unsigned integers of the same order: NaN before all values (a diverged gate still chooses), -0 as 0. No float
 // has key 0, which stands for "none".
 __device__ __forceinline__ unsigned sort_key(float x) {
-  if (x != x) return 1u;
-  const unsigned bits = __float_as_uint(x == 0.0f ? 0.0f : x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+  const int bits = __float_as_int(x == 0.0f ? 0.0f : x);
+  // Negative floats have all bits turned, others the sign.
+  const unsigned key = static_cast<unsigned>(bits) ^ (static_cast<unsigned>(bits >> 31) | 0x80000000u);
+  return x != x ? 1u : key;
 }
 
 // The float of a key; that of "none" and of NaN is a NaN.

@@ -1,7 +1,7 @@
 //! `fsmoe sample`.
 
 use super::write_out;
-use fsmoe::device::Lane;
+use fsmoe::device::{DeviceChoice, Lane};
 use fsmoe::model::{Sampling, checkpoint as weights, generate};
 use fsmoe::tensor::DType;
 use fsmoe::train::{RunDir, checkpoint};
@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// Bytes the model looks back at; by default as many as it was trained on
     #[arg(long, value_name = "BYTES")]
     context: Option<usize>,
+    /// Where to run: cpu, cuda, cuda:N (GPU number N), or auto: a GPU if one works, else the CPU
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
 }
 
 impl Args {
@@ -40,7 +43,6 @@ impl Args {
             None => RunDir::newest()?.path().to_path_buf(),
         };
         let dir = checkpoint::find(&path)?;
-        let lane = Lane::cpu();
         let config = weights::read_config(&dir)?;
         if config.vocab != 256 {
             return Err(Error::Config(format!(
@@ -56,6 +58,7 @@ impl Args {
         };
         let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed, context };
         sampling.validate()?;
+        let lane = Lane::at(self.device.place())?;
         let model = weights::load(&dir, &lane, DType::F32)?;
         let prompt: Vec<i32> = self.prompt.bytes().map(i32::from).collect();
         let mut out = std::io::stdout().lock();

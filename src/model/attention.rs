@@ -4,7 +4,7 @@ use super::config::{Arch, ModelConfig};
 use super::ffn::Conv1d;
 use crate::autograd::{Init, Parameter, ReduceGroup, Tape, Var};
 use crate::device::{AttentionShape, Lane, Rope};
-use crate::error::Result;
+use crate::error::{Result, shape_err};
 use crate::tensor::{DType, Tensor};
 
 /// Causal self-attention with its projections.
@@ -80,11 +80,10 @@ impl Attention {
         match &self.projections {
             Projections::Gpt2 { c_attn, .. } => {
                 let all = c_attn.forward(tape, x)?;
-                Ok([
-                    tape.narrow(&all, 1, 0, width)?,
-                    tape.narrow(&all, 1, width, kv_width)?,
-                    tape.narrow(&all, 1, width + kv_width, kv_width)?,
-                ])
+                match <[Var; 3]>::try_from(tape.split(&all, 1, &[width, kv_width, kv_width])?) {
+                    Ok(parts) => Ok(parts),
+                    Err(parts) => shape_err!("{} parts of queries, keys and values: three", parts.len()),
+                }
             }
             Projections::Mixtral { q, k, v, theta, .. } => {
                 let rotated = |weight: &Parameter, heads: usize| {

@@ -6,8 +6,9 @@ use crate::error::{Result, config_err};
 use crate::moe::expert::ExpertKind;
 use crate::moe::{Capacity, MoeConfig};
 
-/// The presets' names: two that train on a laptop, over bytes, and three of the published dimensions.
-pub const PRESETS: &[&str] = &["gpt2-moe-tiny", "mixtral-tiny", "gpt2-xl-moe", "mixtral-8x7b", "mixtral-8x22b"];
+/// The presets' names: two that train on a laptop and one on a GPU, over bytes, and three of the published dimensions.
+pub const PRESETS: &[&str] =
+    &["gpt2-moe-tiny", "mixtral-tiny", "gpt2-moe-small", "gpt2-xl-moe", "mixtral-8x7b", "mixtral-8x22b"];
 
 /// A preset's settings.
 ///
@@ -19,6 +20,13 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
             ModelConfig { heads: 4, kv_heads: 4, hidden: 128, ffn: 256, layers: 4, max_seq: 256, vocab: 256, ..gpt2() }
         }
         "mixtral-tiny" => ModelConfig::default(),
+        // GPT-2 small (Radford et al. 2019) with experts in place of every second FFN, over bytes: training here is on
+        // bytes, and a vocabulary of which 255 parts in 256 never occur would only cost.
+        "gpt2-moe-small" => {
+            let base = gpt2();
+            let moe = MoeConfig { capacity: Capacity::Factor(1.2), ..base.moe };
+            ModelConfig { layers: 12, hidden: 768, heads: 12, kv_heads: 12, ffn: 3072, vocab: 256, moe, ..base }
+        }
         // GPT-2 XL (Radford et al. 2019) with experts in place of every second FFN, as GShard.
         "gpt2-xl-moe" => {
             let base = gpt2();
@@ -75,6 +83,10 @@ mod tests {
         // 46.7B and 12.9B; 140.6B and 39.1B (Mistral AI's announcements), to the parameter by hand.
         assert_eq!(count("mixtral-8x7b"), (46_702_792_704, 12_879_925_248));
         assert_eq!(count("mixtral-8x22b"), (140_620_634_112, 39_152_031_744));
+        // GPT-2 small's 124,439,808, less the tokens that are no bytes, 6 FFNs, plus 6 routers and 6 × 8 experts.
+        let (m, h) = (768, 3072);
+        let (total, _) = count("gpt2-moe-small");
+        assert_eq!(total, 124_439_808 - (50257 - 256) * m - 6 * (2 * m * h + h + m) + 6 * 8 * (m + 2 * m * h));
         // GPT-2 XL's 1,557,611,200, less 24 FFNs, plus 24 routers and 24 × 8 experts without biases.
         let (m, h) = (1600, 6400);
         let (total, _) = count("gpt2-xl-moe");

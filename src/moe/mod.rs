@@ -13,7 +13,7 @@ mod routing;
 
 pub use hooks::{Hook, Hooks};
 pub use layer::{MoeConfig, MoeLayer, MoeOutput};
-pub use routing::{Assignment, Capacity, Routing, RoutingGrad, RoutingStats};
+pub use routing::{Assignment, Capacity, Routing, RoutingGrad, RoutingStats, RoutingTally};
 
 use crate::autograd::Parameter;
 use crate::device::{Lane, RowWeights, Segments};

@@ -172,23 +172,54 @@ impl Routing {
     /// # Errors
     /// If the device fails.
     pub fn stats(&self, lane: &Lane) -> Result<RoutingStats> {
-        let loads: Vec<i32> = lane.to_host(&self.loads)?.to_vec()?;
-        let scalar = |t: &Option<Tensor>| t.as_ref().map_or(Ok(0.0), |t| lane.scalar(t));
+        let tally = self.tally();
+        let loads: Vec<i32> = lane.to_host(&tally.loads)?.to_vec()?;
+        let floats = tally.floats.iter().map(|t| t.as_ref().map_or(Ok(0.0), |t| lane.scalar(t)));
+        Ok(tally.stats(&loads, &floats.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// What the statistics are made from, still on the device; the routing itself may go.
+    pub fn tally(&self) -> RoutingTally {
+        RoutingTally {
+            experts: self.experts,
+            capacity: self.capacity,
+            drops: matches!(self.assignment, Assignment::TokenChoice { .. }),
+            loads: self.loads.clone(),
+            floats: [Some(self.entropy.clone()), self.balance_loss.clone(), self.z_loss.clone()],
+        }
+    }
+}
+
+/// What a routing's statistics are made from, so that those of a step's layers can be read at once.
+#[derive(Clone, Debug)]
+pub struct RoutingTally {
+    experts: usize,
+    capacity: usize,
+    drops: bool,
+    /// (G, E) i32: [`Routing::loads`].
+    pub loads: Tensor,
+    /// (1) acc each: entropy, balance loss and z-loss, those there are.
+    pub floats: [Option<Tensor>; 3],
+}
+
+impl RoutingTally {
+    /// The statistics, given what [`RoutingTally::loads`] and [`RoutingTally::floats`] hold, 0 for one there is not.
+    pub fn stats(&self, loads: &[i32], floats: &[f64]) -> RoutingStats {
         let mut stats = RoutingStats {
             loads: vec![0; self.experts],
-            entropy: lane.scalar(&self.entropy)?,
-            balance_loss: scalar(&self.balance_loss)?,
-            z_loss: scalar(&self.z_loss)?,
+            entropy: floats[0],
+            balance_loss: floats[1],
+            z_loss: floats[2],
             ..RoutingStats::default()
         };
         for (i, load) in loads.iter().map(|&l| l as u64).enumerate() {
             stats.loads[i % self.experts] += load;
             stats.choices += load;
-            if matches!(self.assignment, Assignment::TokenChoice { .. }) {
+            if self.drops {
                 stats.dropped += load.saturating_sub(self.capacity as u64);
             }
         }
-        Ok(stats)
+        stats
     }
 }
 

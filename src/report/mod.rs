@@ -16,6 +16,6 @@ pub use gantt_svg::gantt_svg;
 pub use loss_svg::{LossCurves, loss_svg};
 pub use num::{bytes, count, duration, percent, seconds};
 pub use plans::{PlanRow, Plans};
-pub use summary::Summary;
+pub use summary::{DeviceUse, Summary};
 pub use table::{Align, Table};
 pub use trace::perfetto;

@@ -1,8 +1,25 @@
 //! The table at the end of a run.
 
-use super::{Align, Table, count, load_bars, percent, seconds};
+use super::{Align, Table, bytes, count, load_bars, percent, seconds};
 use std::fmt;
 use std::path::PathBuf;
+
+/// What a run made of a device apart from the host.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct DeviceUse {
+    /// Where, and its maker's name for it.
+    pub device: String,
+    /// The most that was in tensors at one time.
+    pub peak_memory_bytes: u64,
+    /// All the device has.
+    pub device_memory_bytes: u64,
+    /// The model's FLOP/s in training: those of one forward and backward per token, nothing recomputed counted.
+    pub useful_flops_per_s: f64,
+    /// FLOP/s of a large matrix product in the run's type, timed after the run.
+    pub ceiling_flops_per_s: f64,
+    /// The one over the other.
+    pub share_of_ceiling: f64,
+}
 
 /// What a run came to.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +50,8 @@ pub struct Summary {
     pub loads: Vec<Vec<u64>>,
     /// Of the gates' probabilities, nats, mean over layers and the last steps.
     pub entropy: f64,
+    /// What the run made of its device; none on the CPU.
+    pub device: Option<DeviceUse>,
     /// Files written: what, and where.
     pub files: Vec<(&'static str, PathBuf)>,
 }
@@ -53,6 +72,14 @@ impl fmt::Display for Summary {
         t.row(["data", &self.data]);
         t.row(["steps", &format!("{} of {}, {} tokens", self.steps.0, self.steps.1, count(self.tokens as f64))]);
         t.row(["time", &format!("{}, {} tokens/s", seconds(self.seconds), count(self.tokens_per_s))]);
+        if let Some(d) = &self.device {
+            let (peak, all) = (bytes(d.peak_memory_bytes as f64), bytes(d.device_memory_bytes as f64));
+            t.row(["device", &d.device]);
+            t.row(["memory", &format!("at most {peak} of {all}")]);
+            let [useful, ceiling] = [d.useful_flops_per_s, d.ceiling_flops_per_s].map(|f| f / 1e12);
+            let share = percent(d.share_of_ceiling);
+            t.row(["useful work", &format!("{useful:.1} TFLOP/s, {share} of a matrix product's {ceiling:.0}")]);
+        }
         t.row(["training loss", &format!("{:.4} nats per byte", self.train_loss)]);
         t.row([
             "held-out loss",
@@ -69,5 +96,28 @@ impl fmt::Display for Summary {
             t.row([*what, &path.display().to_string()]);
         }
         t.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_has_its_rows() {
+        let device = DeviceUse {
+            device: "cuda:0, a GPU".into(),
+            peak_memory_bytes: 3 << 30,
+            device_memory_bytes: 80 << 30,
+            useful_flops_per_s: 2e14,
+            ceiling_flops_per_s: 8e14,
+            share_of_ceiling: 0.25,
+        };
+        let text = Summary { device: Some(device), ..Summary::default() }.to_string();
+        for part in ["cuda:0, a GPU", "at most 3.00 GiB of 80.0 GiB", "200.0 TFLOP/s, 25.0 % of a matrix product's 800"]
+        {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(!Summary::default().to_string().contains("TFLOP/s"));
     }
 }

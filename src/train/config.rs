@@ -1,12 +1,13 @@
 //! A run's settings: flags, a TOML file with the same names, defaults.
 
+use crate::device::DeviceChoice;
 use crate::error::{Error, Result, config_err};
 use crate::model::{self, ModelConfig};
 use crate::moe::Capacity;
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
 use crate::moe::order::OrderKind;
-use crate::tensor::DType;
+use crate::tensor::{DType, Place};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -37,7 +38,7 @@ macro_rules! settings {
 }
 
 settings! {
-    /// Model: gpt2-moe-tiny, mixtral-tiny (the default), gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
+    /// Model: gpt2-moe-tiny, mixtral-tiny (the default), gpt2-moe-small, gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
     preset: String,
     /// Text to train on: a file, or a folder whose files are read in order; without it, this project's own sources
     data: PathBuf,
@@ -120,8 +121,10 @@ settings! {
     kv_heads: usize,
     /// Inner width H of an expert
     ffn: usize,
-    /// Type of parameters and activations: f32 (the default), f64, bf16 or f16
+    /// Type of parameters and activations: f32 (the default on the CPU), f64 (CPU only), bf16 (the default on a GPU) or f16
     dtype: DType,
+    /// Where to run: cpu, cuda, cuda:N (GPU number N), or auto: a GPU if one works, else the CPU (auto)
+    device: DeviceChoice,
     /// Folder for the run; by default runs/PRESET-DATE-TIME
     #[arg(value_name = "DIR")]
     out: PathBuf,
@@ -145,12 +148,28 @@ impl Settings {
         toml::to_string(self).map_err(|e| Error::Config(format!("settings as TOML: {e}")))
     }
 
-    /// The run these settings mean.
+    /// Where the run will be: what `device` says, and the CPU if it says nothing and the type is one that only the CPU has.
+    pub fn place(&self) -> Place {
+        match self.device.unwrap_or_default() {
+            DeviceChoice::Auto if self.dtype == Some(DType::F64) => Place::Cpu,
+            device => device.place(),
+        }
+    }
+
+    /// The run these settings mean on the CPU.
+    ///
+    /// # Errors
+    /// As [`Settings::resolve_on`].
+    pub fn resolve(&self) -> Result<(TrainConfig, ModelConfig)> {
+        self.resolve_on(Place::Cpu)
+    }
+
+    /// The run these settings mean on a device: without a word about the type, f32 on the CPU and bf16 on a GPU.
     ///
     /// # Errors
     /// Names the first value that breaks a rule, and the rule.
-    pub fn resolve(&self) -> Result<(TrainConfig, ModelConfig)> {
-        let train = self.train()?;
+    pub fn resolve_on(&self, place: Place) -> Result<(TrainConfig, ModelConfig)> {
+        let train = self.train(place)?;
         let model = self.model()?;
         if train.seq > model.max_seq {
             config_err!("--seq {}: {}'s positions end at {}", train.seq, train.preset, model.max_seq);
@@ -158,7 +177,7 @@ impl Settings {
         Ok((train, model))
     }
 
-    fn train(&self) -> Result<TrainConfig> {
+    fn train(&self, place: Place) -> Result<TrainConfig> {
         let d = TrainConfig::default();
         let steps = self.steps.unwrap_or(d.steps);
         let config = TrainConfig {
@@ -181,8 +200,11 @@ impl Settings {
             eval_windows: self.eval_windows.unwrap_or(d.eval_windows),
             save_every: self.save_every.unwrap_or(d.save_every),
             keep_last: self.keep_last.unwrap_or(d.keep_last),
-            dtype: self.dtype.unwrap_or(d.dtype),
+            dtype: self.dtype.unwrap_or(if place == Place::Cpu { d.dtype } else { DType::BF16 }),
         };
+        if config.dtype == DType::F64 && place != Place::Cpu {
+            config_err!("--dtype f64 on {place}: a GPU's operations take f32, bf16 and f16; or --device cpu");
+        }
         config.validate()?;
         Ok(config)
     }
@@ -396,6 +418,25 @@ mod tests {
             ..Settings::default()
         };
         assert_eq!(toml::from_str::<Settings>(&settings.to_toml().unwrap()).unwrap(), settings);
+    }
+
+    #[test]
+    fn a_gpu_trains_in_16_bits_unless_told_otherwise() {
+        let gpu = Place::Cuda(1);
+        let dtype = |settings: &Settings, place| settings.resolve_on(place).map(|(train, _)| train.dtype);
+        let base = Settings::default();
+        assert_eq!((dtype(&base, Place::Cpu).unwrap(), dtype(&base, gpu).unwrap()), (DType::F32, DType::BF16));
+        let wide = Settings { dtype: Some(DType::F32), ..base.clone() };
+        assert_eq!(dtype(&wide, gpu).unwrap(), DType::F32);
+        let wider = Settings { dtype: Some(DType::F64), ..base.clone() };
+        assert_eq!(wider.place(), Place::Cpu);
+        let error = dtype(&wider, gpu).unwrap_err().to_string();
+        assert!(error.contains("f64") && error.contains("cuda:1"), "{error}");
+        let chosen = Settings { device: Some(DeviceChoice::Cuda(2)), ..base };
+        assert_eq!(chosen.place(), Place::Cuda(2));
+        assert_eq!(toml::from_str::<Settings>("device = \"cuda:2\"").unwrap(), chosen);
+        let unknown = toml::from_str::<Settings>("device = \"gpu\"").unwrap_err().to_string();
+        assert!(unknown.contains("\"gpu\""), "{unknown}");
     }
 
     #[test]

@@ -1,16 +1,20 @@
 //! Training: data, optimizer, the loop, checkpoints, and the folder of a run.
 
+mod ceiling;
 pub mod checkpoint;
 mod config;
 pub mod data;
 pub mod interrupt;
+mod memory;
 mod optimizer;
 pub mod progress;
+mod readings;
 mod run;
 mod session;
 mod trainer;
 
 pub use config::{Settings, TrainConfig};
+pub use memory::MemoryEstimate;
 pub use optimizer::{Optimizer, OptimizerConfig};
 pub use run::{Metrics, RunDir};
 pub use session::{Request, train};

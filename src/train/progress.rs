@@ -1,7 +1,7 @@
 //! What a run says while it runs: a bar for people, JSON lines for programs.
 
 use crate::error::{Error, Result};
-use crate::report::{count, seconds};
+use crate::report::{DeviceUse, count, seconds};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
@@ -56,6 +56,9 @@ pub struct DoneEvent {
     pub tokens_per_s: f64,
     /// The last checkpoint.
     pub checkpoint: String,
+    /// What the run made of a device apart from the host; left out on the CPU.
+    #[serde(flatten)]
+    pub device: Option<DeviceUse>,
 }
 
 /// Says what happens in a run.

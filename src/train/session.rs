@@ -3,16 +3,17 @@
 use super::checkpoint::{self, RunState};
 use super::config::{Settings, TrainConfig};
 use super::data::Corpus;
-use super::interrupt;
 use super::progress::{DoneEvent, EvalEvent, Reporter, StepEvent};
 use super::run::{Metrics, RunDir};
 use super::trainer::{StepOutcome, Trainer};
+use super::{ceiling, interrupt, memory};
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;
 use crate::model::ModelConfig;
 use crate::moe::RoutingStats;
-use crate::report::{LossCurves, Summary, loss_svg};
+use crate::report::{DeviceUse, LossCurves, Summary, loss_svg};
+use crate::tensor::{DType, Place};
 use std::collections::VecDeque;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -37,19 +38,26 @@ const LAST: usize = 20;
 /// For settings, data or checkpoints that break a rule; [`Error::Numeric`] if the loss is not finite;
 /// [`Error::Interrupted`] after Ctrl-C, with a checkpoint saved.
 pub fn train(request: Request) -> Result<Summary> {
-    let lane = Lane::cpu();
     let resumed = request.resume.as_deref().map(checkpoint::find).transpose()?;
     let settings = match &resumed {
         // Where a run stops early is said anew each time: a run that goes on without a word goes to its schedule's end.
         Some(dir) => request.settings.clone().or(Settings { stop_at: None, ..RunDir::of(dir)?.settings()? }),
         None => request.settings.clone(),
     };
-    let (config, model) = settings.resolve()?;
+    let place = settings.place();
+    let settings = match (place, settings.dtype, &resumed) {
+        // A run on a GPU wrote its type down: one that did not was begun on the CPU, in the CPU's.
+        (Place::Cuda(_), None, Some(_)) => Settings { dtype: Some(TrainConfig::default().dtype), ..settings },
+        _ => settings,
+    };
+    let (config, model) = settings.resolve_on(place)?;
     let corpus = match &settings.data {
         Some(path) => Corpus::open(path)?,
         None => Corpus::builtin(),
     };
     let data = corpus.name().to_owned();
+    let lane = Lane::at(place)?;
+    memory::check(&lane, &config, &model)?;
     let mut trainer = Trainer::new(&lane, &config, &model, corpus)?;
     if let Some(dir) = &resumed {
         let state = checkpoint::restore(dir, &lane, &mut trainer)?;
@@ -59,13 +67,18 @@ pub fn train(request: Request) -> Result<Summary> {
         (Some(dir), None) => RunDir::of(dir)?,
         (_, out) => RunDir::create(out.as_deref(), &config.preset)?,
     };
-    let settings = Settings { out: None, ..settings };
+    // Where a run is going on is said anew each time, what its checkpoints hold is not.
+    let dtype = if place == Place::Cpu { settings.dtype } else { Some(config.dtype) };
+    let settings = Settings { out: None, device: None, dtype, ..settings };
     let first = trainer.steps_done();
     // Before the settings: rows that cannot be read end the attempt, and the run stays what it was.
     let metrics = folder.append_metrics(first + 1)?;
     folder.write_config(&settings.to_toml()?)?;
     interrupt::install()?;
     let reporter = Reporter::new(request.json, first, config.stop_at);
+    if let Some(device) = lane.device()? {
+        reporter.note(&format!("on {} ({}), {}", lane.place(), device.name, config.dtype));
+    }
     if trainer.model().sees_other_tokens() {
         reporter.note(&format!(
             "note: the {} gate routes a token by looking at others of its batch, later ones included, so this causal \
@@ -249,6 +262,8 @@ impl Session {
             }
         }
         let tokens = (self.trainer.steps_done() - self.first) * self.trainer.tokens_per_step();
+        let tokens_per_s = tokens as f64 / self.train_seconds;
+        let device = self.device_use(tokens_per_s)?;
         let summary = Summary {
             preset: self.config.preset.clone(),
             data: self.data.clone(),
@@ -257,12 +272,13 @@ impl Session {
             steps: (self.trainer.steps_done(), self.config.steps),
             tokens,
             seconds,
-            tokens_per_s: tokens as f64 / self.train_seconds,
+            tokens_per_s,
             train_loss: mean(self.outcomes.iter().map(|o| o.loss)),
             val_loss,
             dropped_fraction: merged(&by_layer).dropped_fraction(),
             entropy: mean(by_layer.iter().map(|s| s.entropy)),
             loads: by_layer.into_iter().map(|s| s.loads).collect(),
+            device,
             files: vec![
                 ("checkpoint", checkpoint.to_path_buf()),
                 ("metrics", self.folder.metrics()),
@@ -278,8 +294,26 @@ impl Session {
             dropped_fraction: summary.dropped_fraction,
             tokens_per_s: summary.tokens_per_s,
             checkpoint: checkpoint.display().to_string(),
+            device: summary.device.clone(),
         })?;
         Ok(summary)
+    }
+
+    /// What the run made of its device, if that is one apart from the host.
+    fn device_use(&self, tokens_per_s: f64) -> Result<Option<DeviceUse>> {
+        let Some(device) = self.lane.device()? else { return Ok(None) };
+        // Products large enough that a device is at its best, and that take milliseconds.
+        let size = if self.config.dtype == DType::F32 { 4096 } else { 8192 };
+        let ceiling = ceiling::product_flops(&self.lane, self.config.dtype, size)?;
+        let useful = self.model.flops_per_token(self.config.seq) * tokens_per_s;
+        Ok(Some(DeviceUse {
+            device: format!("{}, {}, {}", self.lane.place(), device.name, self.config.dtype),
+            peak_memory_bytes: device.peak_memory as u64,
+            device_memory_bytes: device.total_memory as u64,
+            useful_flops_per_s: useful,
+            ceiling_flops_per_s: ceiling,
+            share_of_ceiling: useful / ceiling,
+        }))
     }
 }
 

@@ -3,11 +3,12 @@
 use super::config::TrainConfig;
 use super::data::Corpus;
 use super::optimizer::{Optimizer, OptimizerConfig};
+use super::readings::Readings;
 use crate::autograd::{Init, Tape};
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
 use crate::model::{ModelConfig, Transformer};
-use crate::moe::{RoutingStats, StepContext};
+use crate::moe::{Routing, RoutingStats, StepContext};
 use crate::tensor::{DType, Tensor};
 
 const ADVICE: &str = "try a lower --lr or a lower --clip from the last checkpoint";
@@ -97,48 +98,73 @@ impl Trainer {
         (self.config.batch * self.config.accumulate * self.config.seq) as u64
     }
 
-    /// One optimizer step.
+    /// One optimizer step. All of it is issued before anything is read: the device is waited for once.
     ///
     /// # Errors
     /// [`Error::Numeric`] if the loss or a gradient is not finite, saying where that first appeared; the parameters are
     /// then as they were before the step.
     pub fn step(&mut self) -> Result<StepOutcome> {
         let micro = self.config.accumulate;
-        let mut out = StepOutcome { lr: self.optimizer.config().lr_at(self.step), ..StepOutcome::default() };
+        let windows = self.upload_windows()?;
         self.optimizer.zero_grad();
+        let losses = self.lane.empty([micro], self.model.dtype().accumulate())?;
+        let mut readings = Readings::default();
+        let mut layers = 0;
         for m in 0..micro {
-            let first_sample = (self.step * micro as u64 + m as u64) * self.config.batch as u64;
-            let (ids, targets) = self.batch(first_sample)?;
-            let cx = StepContext {
-                train: true,
-                seed: self.config.seed,
-                step: self.step,
-                first_token: (m * self.config.batch * self.config.seq) as u64,
-            };
+            let (ids, targets) = micro_batch(&windows, m)?;
             let tape = Tape::new(&self.lane);
+            let cx = self.context(m);
             let result = self.model.forward(&tape, &ids, self.config.batch, self.config.seq, cx)?;
             let loss = tape.cross_entropy(&result.logits, &targets)?;
-            let value = self.lane.scalar(loss.value())?;
-            if !value.is_finite() {
-                let what = format!("step {}: the loss is {value}", self.step + 1);
-                return Err(self.find_non_finite(&what, &ids, &targets, cx));
-            }
-            out.loss += value / micro as f64;
-            out.routing.resize(result.routings.len(), RoutingStats::default());
-            for (sum, routing) in out.routing.iter_mut().zip(&result.routings) {
-                sum.merge(&routing.stats(&self.lane)?);
-            }
+            let own = losses.narrow(0, m, 1)?;
+            self.lane.copy(loss.value(), &own)?;
+            readings.float(&own);
+            layers = result.routings.len();
+            result.routings.iter().map(Routing::tally).for_each(|tally| readings.routing(tally));
+            // The tape lets go of what its backward has read; the routings must not hold it.
+            let (aux_loss, logits) = (result.aux_loss, result.logits);
+            drop((logits, result.routings));
             let one = |like: &Tensor| self.lane.full(*like.shape(), like.dtype(), 1.0);
-            tape.backward(&[(&loss, one(loss.value())?), (&result.aux_loss, one(result.aux_loss.value())?)])?;
+            tape.backward(&[(&loss, one(loss.value())?), (&aux_loss, one(aux_loss.value())?)])?;
         }
-        out.grad_norm = self.optimizer.measure(1.0 / micro as f64).map_err(|e| match e {
-            Error::Numeric(what) => Error::Numeric(format!("step {}: {what}; {ADVICE}", self.step + 1)),
-            e => e,
-        })?;
+        // Changes nothing where a loss or a gradient is not finite.
+        readings.float(self.optimizer.clip(1.0 / micro as f64, Some(&losses))?);
         self.optimizer.step(self.step)?;
+
+        let values = readings.read(&self.lane)?;
+        let mut out = StepOutcome { lr: self.optimizer.config().lr_at(self.step), ..StepOutcome::default() };
+        for (m, loss) in values.floats[..micro].iter().enumerate() {
+            if !loss.is_finite() {
+                let (ids, targets) = micro_batch(&windows, m)?;
+                let what = format!("step {}: the loss is {loss}", self.step + 1);
+                return Err(self.find_non_finite(&what, &ids, &targets, self.context(m)));
+            }
+            out.loss += loss / micro as f64;
+        }
+        out.grad_norm = values.floats[micro];
+        if !out.grad_norm.is_finite() {
+            return Err(match self.optimizer.blame() {
+                Error::Numeric(what) => Error::Numeric(format!("step {}: {what}; {ADVICE}", self.step + 1)),
+                e => e,
+            });
+        }
+        out.routing.resize(layers, RoutingStats::default());
+        for stats in values.stats.chunks(layers.max(1)) {
+            out.routing.iter_mut().zip(stats).for_each(|(sum, stats)| sum.merge(stats));
+        }
         self.model.after_step(&self.lane)?;
         self.step += 1;
         Ok(out)
+    }
+
+    /// What micro-batch `m` of the step under way is.
+    fn context(&self, m: usize) -> StepContext {
+        StepContext {
+            train: true,
+            seed: self.config.seed,
+            step: self.step,
+            first_token: (m * self.config.batch * self.config.seq) as u64,
+        }
     }
 
     /// Mean cross-entropy over `windows` fixed held-out windows, nats per byte, dropping nothing where the gate allows.
@@ -171,16 +197,19 @@ impl Trainer {
         self.lane.to_device(&Tensor::from_slice(ids, [ids.len()])?)
     }
 
-    /// Inputs and targets, (batch·seq) each, of the samples from `first` on.
-    fn batch(&self, first: u64) -> Result<(Tensor, Tensor)> {
-        let seq = self.config.seq;
-        let (mut ids, mut targets) = (Vec::new(), Vec::new());
-        for sample in first..first + self.config.batch as u64 {
-            let window = self.corpus.train_window(self.config.seed, sample, seq);
-            ids.extend(window[..seq].iter().map(|&b| i32::from(b)));
-            targets.extend(window[1..].iter().map(|&b| i32::from(b)));
+    /// The step's samples, (accumulate, 2, batch·seq): of every micro-batch inputs and targets. One copy to the device, made
+    /// while it has nothing else to do.
+    fn upload_windows(&self) -> Result<Tensor> {
+        let TrainConfig { seq, batch, accumulate, seed, .. } = self.config;
+        let mut all = Vec::with_capacity(2 * accumulate * batch * seq);
+        for m in 0..accumulate as u64 {
+            let first = (self.step * accumulate as u64 + m) * batch as u64;
+            let windows: Vec<_> =
+                (first..first + batch as u64).map(|sample| self.corpus.train_window(seed, sample, seq)).collect();
+            all.extend(windows.iter().flat_map(|w| &w[..seq]).map(|&b| i32::from(b)));
+            all.extend(windows.iter().flat_map(|w| &w[1..]).map(|&b| i32::from(b)));
         }
-        Ok((self.upload(&ids)?, self.upload(&targets)?))
+        self.lane.to_device(&Tensor::from_slice(&all, [accumulate, 2, batch * seq])?)
     }
 
     /// Checks the parameters.
@@ -224,4 +253,10 @@ impl Trainer {
         };
         Error::Numeric(format!("{what}; a value that is not finite first appeared {place}; {ADVICE}"))
     }
+}
+
+/// Inputs and targets, (batch·seq) each, of micro-batch `m` of a step's windows.
+fn micro_batch(windows: &Tensor, m: usize) -> Result<(Tensor, Tensor)> {
+    let both = windows.index(m)?;
+    Ok((both.index(0)?, both.index(1)?))
 }

@@ -152,7 +152,7 @@ fn an_interrupted_run_has_a_checkpoint_and_goes_on() {
 #[test]
 fn values_that_break_a_rule_are_refused() {
     const GATES: &str = "top-k, sigmoid, x-moe, expert-choice, soft";
-    const PRESETS: &str = "gpt2-moe-tiny, mixtral-tiny, gpt2-xl-moe, mixtral-8x7b, mixtral-8x22b";
+    const PRESETS: &str = "gpt2-moe-tiny, mixtral-tiny, gpt2-moe-small, gpt2-xl-moe, mixtral-8x7b, mixtral-8x22b";
     let place = Place::new();
     for (flags, parts) in [
         ("--top-k 9 --experts 8", ["top_k = 9 with 8 experts", "at most once"]),

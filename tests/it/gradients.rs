@@ -124,6 +124,14 @@ fn views() {
     check_shapes("transpose", &[&[2, 3, 4]], |t, x| t.transpose(&x[0], 0, 2));
     check_shapes("narrow, first", &[&[5, 3]], |t, x| t.narrow(&x[0], 0, 1, 3));
     check_shapes("narrow, last", &[&[2, 3, 5]], |t, x| t.narrow(&x[0], 2, 3, 2));
+    check_shapes("split, first", &[&[5, 3]], |t, x| {
+        let parts = t.split(&x[0], 0, &[2, 1, 2])?;
+        t.mul(&parts[0], &parts[2])
+    });
+    check_shapes("split, last, a part used twice", &[&[2, 3, 7]], |t, x| {
+        let parts = t.split(&x[0], 2, &[3, 1, 3])?;
+        t.add(&t.mul(&parts[0], &parts[0])?, &parts[2])
+    });
     check_shapes("narrow twice, overlapping", &[&[4, 3]], |t, x| {
         t.mul(&t.narrow(&x[0], 0, 0, 3)?, &t.narrow(&x[0], 0, 1, 3)?)
     });

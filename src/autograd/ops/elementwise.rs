@@ -137,6 +137,36 @@ impl Tape {
         }))
     }
 
+    /// Dimension `dim` in consecutive parts of these sizes, which add up to it; views. One operation, where as many calls
+    /// of [`Tape::narrow`] would each make a gradient of the whole.
+    ///
+    /// # Errors
+    /// If the sizes do not add up to the dimension's, or there is no such dimension.
+    pub fn split(&self, a: &Var, dim: usize, sizes: &[usize]) -> Result<Vec<Var>> {
+        if dim >= a.value().rank() || sizes.iter().sum::<usize>() != a.value().dim(dim) {
+            shape_err!("split of dimension {dim} of {} into {sizes:?}: the sizes add up to it", a.value().shape());
+        }
+        let starts = sizes.iter().scan(0, |next, size| {
+            let start = *next;
+            *next += size;
+            Some(start)
+        });
+        let parts: Vec<(usize, usize)> = starts.zip(sizes.iter().copied()).collect();
+        let views = parts.iter().map(|&(start, size)| a.value().narrow(dim, start, size)).collect::<Result<_>>()?;
+        let to = a.sink();
+        Ok(self.record(&[a], views, move |lane, grads| {
+            let dx = to.empty(lane)?;
+            for (&(start, size), grad) in parts.iter().zip(grads) {
+                let part = dx.narrow(dim, start, size)?;
+                match grad {
+                    Some(grad) => lane.copy(grad, &part)?,
+                    None => lane.fill(&part, 0.0)?,
+                }
+            }
+            Ok(vec![Some(dx)])
+        }))
+    }
+
     /// The same values as `dtype`.
     ///
     /// # Errors

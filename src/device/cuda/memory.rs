@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use super::args::Args;
 use super::backend::{Cuda, THREADS};
 use super::{CudaError, walk};
-use crate::device::{MemoryKernels, check};
+use crate::device::{DeviceInfo, MemoryKernels, check};
 use crate::error::{Result, shape_err};
 use crate::rng::Counter;
 use crate::tensor::{DType, Place, Shape, Tensor};
@@ -14,6 +14,15 @@ use crate::tensor::{DType, Place, Shape, Tensor};
 impl MemoryKernels for Cuda {
     fn place(&self) -> Place {
         Place::Cuda(self.ordinal())
+    }
+
+    fn device(&self) -> Result<Option<DeviceInfo>> {
+        self.bind()?;
+        let name = self.context().name().map_err(CudaError::driver("asking for the GPU's name"))?;
+        let (free, total) = result::mem_get_info().map_err(CudaError::driver("asking for the GPU's memory"))?;
+        let usage = self.memory();
+        let free_memory = free + (usage.reserved - usage.used);
+        Ok(Some(DeviceInfo { name, total_memory: total, free_memory, peak_memory: usage.peak }))
     }
 
     fn alloc(&self, shape: Shape, dtype: DType) -> Result<Tensor> {

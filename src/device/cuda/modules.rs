@@ -277,8 +277,9 @@ pub struct Launch {
     pub shared: u32,
 }
 
-/// What a block may have of dynamic shared memory without being asked for.
-const DEFAULT_SHARED: u32 = 48 << 10;
+/// Dynamic shared memory that a block has without being asked for: of 48 KiB in all, the rest is left to the kernel's own
+/// variables.
+const DEFAULT_SHARED: u32 = 32 << 10;
 
 impl Function {
     fn allow_shared(&self, bytes: u32) -> Result<(), DriverError> {

@@ -4,10 +4,28 @@ use crate::error::Result;
 use crate::rng::Counter;
 use crate::tensor::{DType, Place, Shape, Tensor};
 
+/// A device apart from the host, and its memory in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its maker's name for it.
+    pub name: String,
+    /// All its memory.
+    pub total_memory: usize,
+    /// What this backend can still have of it: what is free, and what it keeps for reuse.
+    pub free_memory: usize,
+    /// The most that was in this backend's tensors at one time.
+    pub peak_memory: usize,
+}
+
 /// Allocation, copies and fills.
 pub trait MemoryKernels: Send + Sync {
     /// Where this backend's tensors lie.
     fn place(&self) -> Place;
+
+    /// The device, if it is one apart from the host.
+    fn device(&self) -> Result<Option<DeviceInfo>> {
+        Ok(None)
+    }
 
     /// A new row-major tensor of unspecified content.
     fn alloc(&self, shape: Shape, dtype: DType) -> Result<Tensor>;

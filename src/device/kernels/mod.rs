@@ -29,7 +29,7 @@ pub use gate::{ExpertGroups, GateKernels};
 pub(in crate::device) use grouped::compose;
 pub use grouped::{GroupedKernels, RowWeights, Segments};
 pub use math::MathKernels;
-pub use memory::MemoryKernels;
+pub use memory::{DeviceInfo, MemoryKernels};
 pub use model::{AttentionShape, ModelKernels, Rope};
 pub use optim::{AdamW, AdamWItem, OptimKernels};
 pub use order::{OrderKernels, RowIndex, block_rows};

@@ -8,7 +8,7 @@ use fsmoe::tensor::{DType, Tensor};
 use super::support::gpu;
 
 /// The median of the times of `launch`, in seconds.
-fn seconds(lane: &Cuda, launch: &dyn Fn()) -> f64 {
+pub(super) fn seconds(lane: &Cuda, launch: &dyn Fn()) -> f64 {
     launch();
     let (start, end) = (lane.timer().unwrap(), lane.timer().unwrap());
     let mut times: Vec<f64> = (0..15)

@@ -17,6 +17,8 @@ mod memory;
 mod model;
 mod optim;
 mod order;
+mod routing_times;
+mod train;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -106,6 +106,42 @@ fn cuda_adamw_takes_gradients_of_several_types_and_no_copies() {
     assert!(run(true) == run(false));
 }
 
+/// What a captured step computes with is in device memory: the same graph does step after step.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn cuda_a_captured_adamw_takes_each_steps_numbers() {
+    // Of its own: what other tests issue meanwhile is no part of the graph.
+    let (lane, n) = (gpu().fork().unwrap(), 10_000);
+    let tensor = |seed: u64, low: f64| {
+        let values: Vec<f32> = uniform(seed, n, low, 1.0).iter().map(|v| *v as f32).collect();
+        up(&Tensor::from_slice(&values, [n]).unwrap())
+    };
+    let grad = tensor(4, -1.0);
+    let scale = up(&Tensor::from_slice(&[0.5_f32], [1]).unwrap());
+    let settings = |step: u64| AdamW { step, lr: 1e-3 * step as f64, ..SETTINGS };
+    let run = |captured: bool| {
+        let (weight, m, v) = (tensor(1, -1.0), tensor(2, -1.0), tensor(3, 0.01));
+        let scalars = up(&Tensor::host_zeros([AdamW::SCALARS], DType::F32));
+        let update = |step| {
+            let (weight, m, v, grad) = (&weight, &m, &v, &grad);
+            let item = AdamWItem { weight_decay: 0.1, weight, m, v, grad, copy: None };
+            lane.adamw_many(settings(step), &scalars, &scale, &[item])
+        };
+        gpu().synchronize().unwrap();
+        let graph = captured.then(|| lane.capture(&[], || update(1)).unwrap().0);
+        for step in 1..4 {
+            lane.adamw_scalars(settings(step), &scalars).unwrap();
+            match &graph {
+                Some(graph) => graph.replay().unwrap(),
+                None => update(step).unwrap(),
+            }
+        }
+        lane.synchronize().unwrap();
+        [weight, m, v].map(|t| wide(&down(&t)))
+    };
+    assert!(run(false) == run(true));
+}
+
 #[test]
 #[ignore = "needs a CUDA device"]
 fn cuda_sums_of_squares_of_many_tensors() {

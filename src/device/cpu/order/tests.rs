@@ -1,6 +1,6 @@
-use crate::device::OrderKernels;
 use crate::device::cpu::Cpu;
 use crate::device::cpu::util::random;
+use crate::device::{GateKernels, OrderKernels, RowIndex, block_rows};
 use crate::tensor::{DType, Element, Shape, Tensor};
 use half::bf16;
 
@@ -135,4 +135,78 @@ fn a_row_without_a_weight_is_refused() {
     let weights = tensor(&[1.0], [1]);
     let result = Cpu.combine_rows_backward(&m, &m, &one, &tensor(&[-1], [1]), &weights, &d_rows, &d_weights);
     assert!(result.unwrap_err().to_string().contains("row 0 of token 0 names no weight"));
+}
+
+/// Two groups of two tokens, two choices each of three experts; expert 2 of the first group drops nothing, expert 0 one.
+struct Choices {
+    experts: Tensor,
+    slots: Tensor,
+    loads: Tensor,
+}
+
+const CAPACITY: usize = 2;
+
+fn choices() -> Choices {
+    let experts = tensor(&[0, 2, 0, 1, 1, 0, 0, 1], [4, 2]);
+    let loads = Tensor::host([2, 3], DType::I32);
+    Cpu.count_experts(&experts, &loads).unwrap();
+    assert_eq!(ints(&loads), [2, 1, 1, 2, 2, 0]);
+    let slots = Tensor::host([4, 2], DType::I32);
+    Cpu.assign_slots(&experts, None, 3, 2, CAPACITY, &slots).unwrap();
+    assert_eq!(ints(&slots), [0, 0, 1, 0, 0, 1, 0, 1]);
+    Choices { experts, slots, loads }
+}
+
+#[test]
+fn padded_rows_lie_by_expert_then_group() {
+    let Choices { experts, slots, loads } = choices();
+    let (index, token, weight) =
+        (Tensor::host([4, 2], DType::I32), Tensor::host([12], DType::I32), Tensor::host([12], DType::I32));
+    let out = RowIndex { index: &index, row_token: &token, row_weight: &weight };
+    Cpu.padded_index(&experts, &slots, &loads, CAPACITY, out).unwrap();
+    assert_eq!(ints(&index), [0, 8, 1, 4, 6, 3, 2, 7]);
+    assert_eq!(ints(&token), [0, 1, 3, 2, 1, -1, 2, 3, 0, -1, -1, -1]);
+    assert_eq!(ints(&weight), [0, 2, 6, 5, 3, -1, 4, 7, 1, -1, -1, -1]);
+}
+
+#[test]
+fn blocks_of_rows_are_aligned_and_what_is_past_the_limit_is_left_alone() {
+    let Choices { experts, slots, loads } = choices();
+    // Every expert's 4, 3 and 1 rows in blocks of 3: 6, 3 and 3.
+    let rows = block_rows(8, 3, 3);
+    assert_eq!(rows, 12);
+    assert_eq!((block_rows(8, 3, 1), block_rows(1, 128, 128), block_rows(0, 4, 128)), (8, 128, 0));
+    let count = rows + 2;
+    let ints_of = |n: usize| Tensor::host([n], DType::I32);
+    let (offsets, starts, index) = (ints_of(4), Tensor::host([2, 3], DType::I32), Tensor::host([4, 2], DType::I32));
+    let (token, weight) = (ints_of(count), ints_of(count));
+    let out = RowIndex { index: &index, row_token: &token, row_weight: &weight };
+    Cpu.block_index(&experts, &slots, &loads, CAPACITY, 3, &offsets, &starts, out).unwrap();
+    assert_eq!(ints(&offsets), [0, 6, 9, 12]);
+    assert_eq!(ints(&starts), [0, 6, 9, 2, 7, 10]);
+    assert_eq!(ints(&index), [0, 9, 1, 6, 7, 3, 2, 8]);
+    assert_eq!(ints(&token), [0, 1, 3, 2, -1, -1, 1, 2, 3, 0, -1, -1, -1, -1]);
+    assert_eq!(ints(&weight), [0, 2, 6, 5, -1, -1, 3, 4, 7, 1, -1, -1, -1, -1]);
+
+    let limit = offsets.narrow(0, 3, 1).unwrap();
+    let x = tensor(&[1.0, 2.0, 3.0, 4.0], [4, 1]);
+    let data = tensor(&[9.0; 14], [14, 1]);
+    Cpu.dispatch_rows(&x, &index, &token, Some(&limit), &data).unwrap();
+    let dispatched = [1.0, 2.0, 4.0, 3.0, 0.0, 0.0, 2.0, 3.0, 4.0, 1.0, 0.0, 0.0, 9.0, 9.0];
+    assert_eq!(values(&data), dispatched);
+    Cpu.dispatch_rows(&x, &index, &token, None, &data).unwrap();
+    assert_eq!(values(&data)[12..], [0.0, 0.0]);
+
+    let weights = tensor(&[0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [8]);
+    let (d_rows, d_weights) = (tensor(&[9.0; 14], [14, 1]), tensor(&[f64::NAN; 8], [8]));
+    Cpu.combine_choices_backward(&x, &data, out, &weights, Some(&limit), &d_rows, &d_weights).unwrap();
+    assert_eq!(values(&d_rows), [0.5, 4.0, 24.0, 15.0, 0.0, 0.0, 6.0, 12.0, 28.0, 1.0, 0.0, 0.0, 9.0, 9.0]);
+    assert_eq!(values(&d_weights), [1.0, 1.0, 4.0, 4.0, 9.0, 9.0, 16.0, 16.0]);
+
+    let by_row = tensor(&[f64::NAN; 14], [14]);
+    Cpu.gather_scalars(&weights, &weight, &by_row).unwrap();
+    assert_eq!(values(&by_row), [0.5, 2.0, 6.0, 5.0, 0.0, 0.0, 3.0, 4.0, 7.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+    let message =
+        Cpu.block_index(&experts, &slots, &loads, CAPACITY, 8, &offsets, &starts, out).unwrap_err().to_string();
+    assert!(message.contains("14 rows for 8 choices of 3 experts, each expert's a multiple of 8"), "{message}");
 }

@@ -40,7 +40,6 @@ impl Cuda {
             .size(tiling.tokens)
             .int(num_experts as i32)
             .int(k as i32)
-            .int(i32::from(rule.score == Score::Sigmoid))
             .int(selection.groups as i32)
             .int(selection.kept as i32)
             .int(i32::from(rule.normalise))
@@ -55,7 +54,11 @@ impl Cuda {
             .tensor(&losses.columns)
             .tensor(&losses.sums)
             .tensor(&losses.ticket);
-        let (name, shared) = (format!("choose_forward_v{}", selection.values), 4 * num_experts * (k + WARPS));
+        let score = match rule.score {
+            Score::Softmax => "softmax",
+            Score::Sigmoid => "sigmoid",
+        };
+        let (name, shared) = (format!("choose_forward_{score}_v{}", selection.values), 4 * num_experts * (k + WARPS));
         let shape = || format!("{logits:?}, k = {k}");
         // SAFETY: the kernel's parameters; a block of 16 warps per tile, tensors of the shapes it takes, shared memory as it
         // asks.

@@ -7,7 +7,7 @@ mod slots;
 use super::args::Args;
 use super::backend::{Cuda, THREADS};
 use crate::device::check::{expect, matrix};
-use crate::device::{ChoiceRule, Chosen, ChosenGrad, ExpertGroups, GateKernels};
+use crate::device::{ChoiceRule, Chosen, ChosenGrad, ExpertGroups, GateKernels, MemoryKernels};
 use crate::error::{Result, shape_err};
 use crate::tensor::{DType, Tensor};
 use slots::{Losses, Tiling};
@@ -88,6 +88,12 @@ impl GateKernels for Cuda {
         expect(OP, "experts", experts, &[tokens, k], DType::I32)?;
         expect(OP, "loads", loads, &[groups, num_experts], DType::I32)?;
         self.row_major(OP, &[experts, loads])?;
+        if num_experts == 0 {
+            return Ok(());
+        }
+        if k == 0 {
+            return self.fill(loads, 0.0);
+        }
         // Which choice it is does not matter: as many tokens of one choice.
         let tiling = Tiling::new(group_size(OP, tokens, groups)? * k, groups);
         let counts = self.count_choices(OP, experts, None, num_experts, 1, tiling)?;
@@ -146,6 +152,9 @@ impl GateKernels for Cuda {
         expect(OP, "loss", loss, &[1], DType::F32)?;
         expect(OP, "fraction", fraction, &[num_experts], DType::F32)?;
         self.row_major(OP, &[probs, experts, loss, fraction])?;
+        if k == 0 || num_experts == 0 {
+            shape_err!("{OP}: {k} choices of {num_experts} experts: at least one of each");
+        }
         let tiling = Tiling::new(group_size(OP, tokens, 1)?, 1);
         let losses = Losses::new(self, tiling, num_experts, first_only, loss, fraction, None)?;
         let args = Args::new()

@@ -27,7 +27,7 @@ pub(super) struct Tiling {
 
 impl Tiling {
     pub(super) fn new(tokens: usize, groups: usize) -> Self {
-        let tile = 32 * (tokens * groups).div_ceil(32 * TILES).clamp(1, tokens.div_ceil(32));
+        let tile = 32 * (tokens * groups).div_ceil(32 * TILES).clamp(1, tokens.div_ceil(32).max(1));
         Tiling { tokens, groups, tile, tiles: tokens.div_ceil(tile) }
     }
 
