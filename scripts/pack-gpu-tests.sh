@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Gathers in pack/ what a GPU host without Rust needs to run the GPU tests: the release binaries of the integration tests
-# and of the command, stripped. They need glibc as new as this machine's and NVIDIA's driver, nothing else.
+# Gathers in pack/ what a GPU host without Rust needs to run the GPU tests and benchmarks: the release binaries of the
+# integration tests, of the command (`fsmoe bench`) and of the Criterion benchmarks of the GPU, stripped. They need glibc as
+# new as this machine's and NVIDIA's driver, nothing else. The other Criterion benchmarks are of the CPU and stay here.
 #
 #   scripts/pack-gpu-tests.sh
 #   (copy pack/ over)   pack/it --ignored cuda --test-threads 1 --nocapture
+#                       pack/fsmoe bench layer --json > ours.jsonl
+#                       pack/cuda --bench [NAME]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +14,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 LIMIT_MIB=60
 
 executables() {
-  cargo "$@" --release --message-format=json-render-diagnostics | python3 -c '
+  local profile=(--release)
+  # Benchmarks are built as releases are, and cargo says so by another flag.
+  [[ $1 == bench ]] && profile=()
+  cargo "$@" "${profile[@]}" --message-format=json-render-diagnostics | python3 -c '
 import json, sys
 for line in sys.stdin:
     message = json.loads(line)
@@ -24,12 +30,13 @@ rm -rf pack
 mkdir pack
 {
   executables test --no-run --test it
+  executables bench --no-run --bench cuda
   executables build --bin fsmoe
 } | sort -u | while read -r name path; do
   # Both commands name the fsmoe executable; the last copy stands.
   strip -o "pack/$name" "$path"
 done
-for name in it fsmoe; do
+for name in it cuda fsmoe; do
   [[ -x pack/$name ]] || {
     echo "pack-gpu-tests: cargo built no executable '$name'" >&2
     exit 1

@@ -4,7 +4,7 @@
 //! # Where things are
 //!
 //! Arrows point one way: tensor ← device ← autograd ← moe ← model ← train; device ← engine ← schedule ← moe and
-//! device ← comm ← moe; report and the command on top.
+//! device ← comm ← moe; bench over moe; report and the command on top.
 //!
 //! | module | holds |
 //! |---|---|
@@ -17,7 +17,7 @@
 //! | [`moe`] | the MoE layer: [`gate`](moe::gate), [`order`](moe::order), [`expert`](moe::expert), hooks, routing, and the layer that runs them |
 //! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |
 //! | [`train`] | data, optimizer, the loop, checkpoints of a run, and its folder |
-//! | [`bench`] | benchmarks of the layer and of every primitive operation, beside what the device can do at most; somebody's kernel checked and timed in the place of ours |
+//! | [`bench`] | the layer and every operation timed beside what the device can do at most; somebody's kernel checked and timed in ours' place |
 //! | [`report`] | tables, bars, and the loss curve as SVG |
 //! | [`rng`], [`fsio`] | counter-based random numbers; files that appear whole or not at all |
 //!

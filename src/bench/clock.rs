@@ -41,6 +41,9 @@ pub trait Clock {
     /// Starts [`Memory::peak`] anew.
     fn reset_peak(&mut self);
 
+    /// Gives memory that no tensor has back to the device.
+    fn release_unused(&mut self) {}
+
     /// The GPU's compute capability, which kernels are compiled for; none on the CPU.
     fn architecture(&self) -> Option<(u32, u32)> {
         None
@@ -61,7 +64,7 @@ pub struct Theirs {
     pub name: String,
     /// The lane; its queue and memory are those of the lane it was made from.
     pub lane: Lane,
-    /// The entry points asked for so far, and whether they were somebody's.
+    /// The entry points asked for since the last call of it, and whether they were somebody's.
     pub asked: Box<dyn Fn() -> Vec<(String, bool)>>,
 }
 
@@ -212,6 +215,11 @@ impl Bench {
         self.clock.reset_peak();
         work()?;
         Ok(self.clock.memory().map(|memory| memory.peak))
+    }
+
+    /// Gives memory that no tensor has back to the device: between shapes, whose tensors have different sizes.
+    pub fn release_unused(&mut self) {
+        self.clock.release_unused();
     }
 
     /// The compute capability that kernels for this device are compiled for; on the CPU Hopper's, so that a source can be

@@ -73,6 +73,10 @@ impl Clock for GpuClock {
         self.cuda.reset_peak();
     }
 
+    fn release_unused(&mut self) {
+        self.cuda.release_unused();
+    }
+
     fn architecture(&self) -> Option<(u32, u32)> {
         Some(self.architecture)
     }

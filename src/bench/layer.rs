@@ -13,7 +13,7 @@ use crate::error::{Error, Result, config_err};
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
 use crate::moe::order::OrderKind;
-use crate::moe::{Assignment, Capacity, MoeConfig, MoeLayer, Routing, StepContext};
+use crate::moe::{Assignment, Capacity, MoeConfig, MoeLayer, Routing, RoutingStats, StepContext};
 use crate::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -196,6 +196,7 @@ pub fn run(
 ) -> Result<()> {
     let mut failure = None;
     for shape in &settings.shapes {
+        bench.release_unused();
         if let Err(error) = run_shape(bench, settings, shape, ceiling, emit) {
             emit(LayerRow {
                 error: Some(error.to_string()),
@@ -290,11 +291,9 @@ impl Subject {
         Ok(Subject { lane, layer, parameters, x, dy, tokens, routing: RefCell::new(None) })
     }
 
-    /// Fresh tokens, and gradients of zero: they are added to.
+    /// Fresh tokens.
     fn prepare(&self, n: usize) -> Result<()> {
-        self.lane.copy(&self.tokens[n % TOKEN_SETS], &self.x)?;
-        self.parameters.iter().for_each(Parameter::zero_grad);
-        Ok(())
+        self.lane.copy(&self.tokens[n % TOKEN_SETS], &self.x)
     }
 
     fn forward(&self) -> Result<()> {
@@ -305,10 +304,22 @@ impl Subject {
     }
 
     fn forward_backward(&self) -> Result<()> {
+        // The backward writes the gradients, as the first of a step does.
+        self.parameters.iter().for_each(Parameter::zero_grad);
         let tape = Tape::new(&self.lane);
         let out = self.layer.forward(&tape, &tape.leaf(self.x.clone()), STEP)?;
         tape.backward(&[(&out.y, self.dy.clone())])?;
         Ok(())
+    }
+}
+
+impl Subject {
+    /// The last forward's statistics, and the rows it asked the experts for. It is forgotten, with its memory.
+    fn last_routing(&self, shape: &LayerShape) -> Result<(RoutingStats, usize)> {
+        let Some(routing) = self.routing.take() else {
+            config_err!("a layer was not run before its routing was asked for");
+        };
+        Ok((routing.stats(&self.lane)?, useful_rows(shape, &routing)))
     }
 }
 
@@ -360,13 +371,10 @@ fn run_shape(
         subject.forward()?;
         subject.forward_backward()?;
     }
-    let held = || bench_routing(&subject);
-    let stats = held()?.stats(&subject.lane)?;
-    let rows = useful_rows(shape, &held()?);
-    subject.routing.replace(None);
+    let (stats, rows) = subject.last_routing(shape)?;
     // The other token sets are the benchmark's, not the layer's.
     let token_sets = subject.tokens.iter().map(|t| t.storage().bytes()).sum::<usize>();
-    let peak = bench.peak(|| subject.forward_backward())?.map(|peak| peak - before - token_sets);
+    let peak = bench.peak(|| subject.forward_backward())?.map(|peak| peak.saturating_sub(before + token_sets));
 
     let dense = Dense::new(bench, shape, rows, settings.dtype)?;
     // Last, because a graph's tensors are memory that later ones could be given.
@@ -425,11 +433,6 @@ fn run_shape(
         }
     }
     Ok(())
-}
-
-fn bench_routing(subject: &Subject) -> Result<Routing> {
-    let routing = subject.routing.borrow().clone();
-    routing.ok_or_else(|| Error::Config("a layer was not run before its routing was asked for".into()))
 }
 
 #[cfg(test)]

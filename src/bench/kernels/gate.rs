@@ -22,18 +22,18 @@ const EXPERT_CHOICE: &[Size] = &[
     Size { name: "C", gpu: 2048, cpu: 64, checked: 60 },
 ];
 /// Rows of tokens: Mixtral 8x7B for 8192 tokens.
-const ROWS: &[Size] = &[
+pub(super) const ROWS: &[Size] = &[
     Size { name: "T", gpu: 8192, cpu: 1024, checked: 60 },
     Size { name: "M", gpu: 4096, cpu: 128, checked: 200 },
     Size { name: "E", gpu: 8, cpu: 8, checked: 20 },
     Size { name: "k", gpu: 2, cpu: 2, checked: 4 },
 ];
 
-const K_UP_TO_E: fn(&mut Fix<'_>) = |s| s.at_most("k", s.get("E"));
+pub(super) const K_UP_TO_E: fn(&mut Fix<'_>) = |s| s.at_most("k", s.get("E"));
 const C_UP_TO_T: fn(&mut Fix<'_>) = |s| s.at_most("C", s.get("T"));
 
 /// A new tensor on the device.
-fn new(k: &dyn Kernels, shape: impl Into<crate::tensor::Shape>, dtype: DType) -> Result<Tensor> {
+pub(super) fn new(k: &dyn Kernels, shape: impl Into<crate::tensor::Shape>, dtype: DType) -> Result<Tensor> {
     k.alloc(shape.into(), dtype)
 }
 
@@ -46,7 +46,7 @@ fn scores(k: &dyn Kernels, s: &Sizes, dtype: DType) -> Result<Tensor> {
 }
 
 /// The k best experts of random scores, into experts: (T, k).
-fn chosen(k: &dyn Kernels, s: &Sizes, experts: &Tensor) -> Result<()> {
+pub(super) fn chosen(k: &dyn Kernels, s: &Sizes, experts: &Tensor) -> Result<()> {
     k.top_k(&scores(k, s, DType::F32)?, None, None, experts)
 }
 
@@ -66,7 +66,7 @@ fn starts(k: &dyn Kernels, s: &Sizes, experts: &Tensor) -> Result<Tensor> {
 }
 
 /// The row of every choice, (T, k), all choices sorted by expert: nothing dropped, nothing padded.
-fn rows(k: &dyn Kernels, s: &Sizes, index: &Tensor) -> Result<()> {
+pub(super) fn rows(k: &dyn Kernels, s: &Sizes, index: &Tensor) -> Result<()> {
     let (experts, slots) = (new(k, [s["T"], s["k"]], DType::I32)?, new(k, [s["T"], s["k"]], DType::I32)?);
     chosen(k, s, &experts)?;
     k.assign_slots(&experts, None, s["E"], 1, s["T"], &slots)?;

@@ -1,6 +1,7 @@
 //! A case for every primitive operation, and their benchmark.
 
 mod case;
+mod fused;
 mod gate;
 mod math;
 mod model;
@@ -19,7 +20,7 @@ const NO_FLOPS: fn(&Sizes) -> f64 = |_| 0.0;
 
 /// Every case.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    math::CASES.iter().chain(gate::CASES).chain(model::CASES)
+    math::CASES.iter().chain(gate::CASES).chain(fused::CASES).chain(model::CASES)
 }
 
 /// The cases that a name means: the case so called, or else a family's, or else those whose name has it as a part, or else
@@ -155,6 +156,7 @@ pub fn run(
     check_overrides(cases, overrides)?;
     let mut failure = None;
     for case in cases {
+        bench.release_unused();
         let sizes = case.benchmarked(bench.is_cpu(), overrides)?;
         if let Err(error) = run_case(bench, case, &sizes, dtype, ceiling, emit) {
             emit(KernelRow { error: Some(error.to_string()), ..KernelRow::new(bench, case, &sizes, dtype, "eager") })?;

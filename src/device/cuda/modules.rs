@@ -1,6 +1,6 @@
 //! The embedded kernels: finds their entry points by name and launches them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -97,8 +97,8 @@ pub struct Modules {
 #[derive(Debug)]
 struct Overlay {
     module: Arc<Module>,
-    /// The entry points asked for so far, and whether they were found in it.
-    asked: Mutex<Vec<(String, bool)>>,
+    /// The entry points asked for since the last reading, and whether it has them.
+    asked: Mutex<BTreeMap<String, bool>>,
 }
 
 impl Modules {
@@ -136,10 +136,14 @@ impl Modules {
         })
     }
 
-    /// The entry points asked for so far, and whether they were those of [`Modules::with_image`]'s image.
+    /// The entry points asked for since the last call of this, and whether they were those of [`Modules::with_image`]'s
+    /// image.
     #[must_use]
     pub fn asked(&self) -> Vec<(String, bool)> {
-        let asked = |overlay: &Overlay| overlay.asked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let asked = |overlay: &Overlay| {
+            let asked = std::mem::take(&mut *overlay.asked.lock().unwrap_or_else(PoisonError::into_inner));
+            asked.into_iter().collect()
+        };
         self.overlay.as_ref().map_or_else(Vec::new, asked)
     }
 
@@ -164,6 +168,7 @@ impl Modules {
     pub fn function(&self, name: &str) -> Result<Function, CudaError> {
         // A panic while the lock is held leaves a map that is whole all the same.
         if let Some(function) = self.functions.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
+            self.note(function);
             return Ok(function.clone());
         }
         let function = match self.overlaid(name)? {
@@ -171,19 +176,26 @@ impl Modules {
             None => self.module(unit_of(name)?)?.function(name)?,
         };
         self.functions.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), function.clone());
+        self.note(&function);
         Ok(function)
+    }
+
+    /// For [`Modules::asked`].
+    fn note(&self, function: &Function) {
+        if let Some(Overlay { module, asked }) = &self.overlay {
+            let found = Arc::ptr_eq(module, &function.module);
+            asked.lock().unwrap_or_else(PoisonError::into_inner).insert(function.name.to_string(), found);
+        }
     }
 
     /// The entry point of the overlay, if there is one.
     fn overlaid(&self, name: &str) -> Result<Option<Function>, CudaError> {
         let Some(overlay) = &self.overlay else { return Ok(None) };
-        let found = match overlay.module.function(name) {
-            Ok(function) => Some(function),
-            Err(CudaError::Driver { code, .. }) if code == sys::CUresult::CUDA_ERROR_NOT_FOUND as u32 => None,
-            Err(error) => return Err(error),
-        };
-        overlay.asked.lock().unwrap_or_else(PoisonError::into_inner).push((name.into(), found.is_some()));
-        Ok(found)
+        match overlay.module.function(name) {
+            Ok(function) => Ok(Some(function)),
+            Err(CudaError::Driver { code, .. }) if code == sys::CUresult::CUDA_ERROR_NOT_FOUND as u32 => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Loads the code of every kernel file: whether all of it suits this GPU and its driver.

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "clippy takes helpers of tests for code that is shipped")]
 
+mod bench;
 mod layer;
 mod support;
 mod weighted;
@@ -87,7 +88,7 @@ fn the_fat_binary_has_code_for_sm_80_sm_90a_and_the_future() {
 }
 
 /// The cuobjdump that `scripts/install-cuda.sh` installs, if it did.
-fn installed_cuobjdump() -> Option<PathBuf> {
+pub(crate) fn installed_cuobjdump() -> Option<PathBuf> {
     let entries = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".cuda/lib")).ok()?;
     entries.flatten().map(|e| e.path().join("site-packages/nvidia/cu13/bin/cuobjdump")).find(|path| path.is_file())
 }
