@@ -59,7 +59,7 @@ fn gates(c: &mut Criterion) -> Result<()> {
             ..MoeConfig::default()
         };
         let gate: Box<dyn Gate> = gate::build(&Init::new(&lane, DType::F32, 3), &config)?;
-        let cx = GateContext { lane: &lane, groups: config.groups, capacity: config.capacity, step: STEP };
+        let cx = GateContext { lane: &lane, groups: config.groups, capacity: config.capacity, step: STEP, ranks: None };
         let (routing, _) = gate.forward(&cx, &x)?;
         let grad = gradient(&lane, &routing);
         group.bench_function(BenchmarkId::new("forward", kind), |b| {

@@ -5,7 +5,7 @@ use crate::error::{Result, shape_err};
 use crate::rng::{Counter, Purpose};
 use crate::tensor::{DType, Shape, Tensor};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The ranks over which a parameter's gradient is summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +24,8 @@ struct Inner {
     name: String,
     value: Tensor,
     grad: Tensor,
+    /// Where the gradient lies once it has been placed.
+    placed: OnceLock<Tensor>,
     group: ReduceGroup,
     decay: bool,
 }
@@ -38,7 +40,7 @@ impl Parameter {
             shape_err!("a parameter is a contiguous float tensor, not {value:?}");
         }
         let grad = lane.zeros(*value.shape(), value.dtype())?;
-        Ok(Parameter(Arc::new(Inner { name: name.into(), value, grad, group, decay })))
+        Ok(Parameter(Arc::new(Inner { name: name.into(), value, grad, placed: OnceLock::new(), group, decay })))
     }
 
     /// Its name, unique in a model, as checkpoints have it.
@@ -53,7 +55,22 @@ impl Parameter {
 
     /// The gradient, same shape; backward adds to it.
     pub fn grad(&self) -> &Tensor {
-        &self.0.grad
+        self.0.placed.get().unwrap_or(&self.0.grad)
+    }
+
+    /// Has the gradient lie in `place` from now on, a part of a buffer that is reduced as a whole; what it was is lost.
+    ///
+    /// # Errors
+    /// If the place is not contiguous, of another shape or dtype, or the gradient has been placed before.
+    pub fn place_grad(&self, place: Tensor) -> Result<()> {
+        let grad = &self.0.grad;
+        if place.shape() != grad.shape() || place.dtype() != grad.dtype() || !place.is_contiguous() {
+            shape_err!("a place {place:?} for the gradient of {self:?}: contiguous, of the same shape and dtype");
+        }
+        match self.0.placed.set(place) {
+            Ok(()) => Ok(()),
+            Err(_) => shape_err!("the gradient of {self:?} has its place already"),
+        }
     }
 
     /// The ranks its gradient is summed over.

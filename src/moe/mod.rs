@@ -4,6 +4,7 @@
 //! work on tensors, on a lane; parameters' gradients are added to in place. What a forward keeps for its backward it
 //! returns as [`Saved`].
 
+pub mod distributed;
 pub mod expert;
 pub mod gate;
 mod hooks;
@@ -16,6 +17,7 @@ pub use layer::{MoeConfig, MoeLayer, MoeOutput};
 pub use routing::{Assignment, Capacity, Routing, RoutingGrad, RoutingStats};
 
 use crate::autograd::Parameter;
+use crate::comm::Communicator;
 use crate::device::Lane;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -57,6 +59,9 @@ pub struct GateContext<'a> {
     pub capacity: Capacity,
     /// The step.
     pub step: StepContext,
+    /// The ranks whose tokens the statistics behind balance loss and selection biases are taken over, each with as many
+    /// tokens and groups as this one; none where this rank's are all there are. Their collectives are issued on `lane`.
+    pub ranks: Option<&'a dyn Communicator>,
 }
 
 /// Decides which expert takes which token.

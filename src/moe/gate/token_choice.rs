@@ -2,6 +2,7 @@
 
 use super::super::{Assignment, GateContext, MoeConfig, Routing, RoutingGrad};
 use super::{ZLoss, entropy, group_tokens, softmax};
+use crate::comm::Communicator;
 use crate::device::{ExpertGroups, Lane};
 use crate::error::{Result, config_err};
 use crate::tensor::{DType, Tensor};
@@ -88,6 +89,9 @@ impl TokenChoice {
 
         let (balance, fraction) = (lane.empty([1], acc)?, lane.empty([self.experts], acc)?);
         lane.balance_loss(probs, &experts, self.balance_first_only, &balance, &fraction)?;
+        if let Some(ranks) = cx.ranks {
+            balance_of_all(lane, ranks, probs, &balance, &fraction)?;
+        }
         let routing = Routing {
             tokens,
             experts: self.experts,
@@ -124,6 +128,30 @@ impl TokenChoice {
         lane.scatter_cols(&d_chosen, experts, d_scores)?;
         lane.balance_loss_backward(&chosen.fraction, &grad.balance, d_probs)
     }
+}
+
+/// Makes the balance loss and the fractions of choices, this rank's own, those of all ranks: both means are over as many
+/// tokens on each.
+fn balance_of_all(
+    lane: &Lane,
+    ranks: &dyn Communicator,
+    probs: &Tensor,
+    balance: &Tensor,
+    fraction: &Tensor,
+) -> Result<()> {
+    let (tokens, experts) = (probs.dim(0), probs.dim(1));
+    let means = lane.zeros([2, experts], fraction.dtype())?;
+    let (mean, chosen) = (means.index(0)?, means.index(1)?);
+    lane.sum_rows(probs, &mean)?;
+    lane.axpby(tokens as f64, fraction, 0.0, &chosen)?;
+    ranks.all_reduce(lane, &means)?;
+    let all = (tokens * ranks.size()) as f64;
+    lane.axpby(1.0 / all, &chosen, 0.0, fraction)?;
+    lane.fill(balance, 0.0)?;
+    lane.dot(&mean, fraction, balance)?;
+    // The product of the sums of probabilities and the fractions: E/T of it is the loss.
+    let product = lane.cast(balance, balance.dtype())?;
+    lane.axpby(experts as f64 / all, &product, 0.0, balance)
 }
 
 /// The capacity that drops nothing: the largest load over experts and groups, read from the device.
