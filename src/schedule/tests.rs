@@ -516,11 +516,5 @@ fn plans_run_on_threads() {
         let (timeline, _) = lanes.emulate(&graph, &Cancel::new(), cost, |_, _| Ok(())).unwrap();
         timeline.check(&graph, 0.0).unwrap();
         assert!(timeline.makespan() >= plan.seconds, "{}: {} s", policy.name(), timeline.makespan());
-        println!(
-            "{} predicted {:.2} ms measured {:.2} ms",
-            policy.name(),
-            plan.seconds * 1e3,
-            timeline.makespan() * 1e3
-        );
     }
 }
