@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, no logic.
 
 mod doctor;
+mod plan;
 mod sample;
 mod train;
 
@@ -22,6 +23,8 @@ enum Command {
     Train(Box<train::Args>),
     /// Continue a prompt with a trained model
     Sample(sample::Args),
+    /// Compare schedules of a model on a cluster, by its measured costs
+    Plan(Box<plan::Args>),
     /// Tell what this machine has, and what fsmoe will use
     Doctor(doctor::Args),
 }
@@ -31,6 +34,7 @@ impl Cli {
         match self.command {
             Command::Train(args) => args.run(),
             Command::Sample(args) => args.run(),
+            Command::Plan(args) => args.run(),
             Command::Doctor(args) => args.run(),
         }
     }

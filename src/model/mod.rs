@@ -9,6 +9,7 @@ mod norm;
 mod presets;
 mod sample;
 mod transformer;
+mod workload;
 
 pub use block::{Block, BlockOutput};
 pub use config::{Arch, ModelConfig};

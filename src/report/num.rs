@@ -38,6 +38,22 @@ pub fn seconds(s: f64) -> String {
     }
 }
 
+/// A short time with three digits: `8.20 µs`, `12.3 ms`, `1.05 s`.
+pub fn duration(s: f64) -> String {
+    let (value, unit) = match s.abs() {
+        v if v < 0.999_5e-3 => (s * 1e6, "µs"),
+        v if v < 0.999_5 => (s * 1e3, "ms"),
+        _ => (s, "s"),
+    };
+    let decimals = match value.abs() {
+        0.0 => 0,
+        v if v < 9.995 => 2,
+        v if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$} {unit}")
+}
+
 /// A fraction of one as a percentage: `0 %`, `1.3 %`.
 pub fn percent(fraction: f64) -> String {
     if fraction == 0.0 { "0 %".to_owned() } else { format!("{:.1} %", fraction * 100.0) }
@@ -53,6 +69,9 @@ mod tests {
         assert_eq!(counts.map(count), ["0", "950", "1.00k", "12.3k", "123k", "46.7B"]);
         assert_eq!([512.0, 1536.0, 1.2 * 1073741824.0].map(bytes), ["512 B", "1.50 KiB", "1.20 GiB"]);
         assert_eq!([4.2, 59.7, 192.0, 7500.0].map(seconds), ["4.2 s", "1 min 00 s", "3 min 12 s", "2 h 05 min"]);
+        let times = [0.0, 8.2e-6, 999.4e-6, 0.9996e-3, 0.0123, 0.12345, 1.05, 420.0];
+        let texts = ["0 µs", "8.20 µs", "999 µs", "1.00 ms", "12.3 ms", "123 ms", "1.05 s", "420 s"];
+        assert_eq!(times.map(duration), texts);
         assert_eq!([0.0, 0.0134, 1.0].map(percent), ["0 %", "1.3 %", "100.0 %"]);
     }
 }

@@ -66,7 +66,7 @@ impl Cost {
             config_err!("{name}: alpha and beta are both 0: nothing is free");
         }
         match self.r2 {
-            Some(r2) if !(r2 <= 1.0) => config_err!("{name}: r2 = {r2}: it is at most 1"),
+            Some(r2) if r2.is_nan() || r2 > 1.0 => config_err!("{name}: r2 = {r2}: it is at most 1"),
             _ => Ok(()),
         }
     }

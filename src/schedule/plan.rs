@@ -2,8 +2,8 @@
 
 use super::step::Pending;
 use super::{
-    Degree, GradGroup, Gradients, LayerCosts, LayerOp, LayerPass, ModelCosts, Pass, Policy, Slice, SliceTask, Windows,
-    step_graph,
+    BlockCosts, Degree, GradGroup, Gradients, LayerCosts, LayerOp, LayerPass, ModelCosts, Pass, Policy, Slice,
+    SliceTask, Windows, step_graph,
 };
 use crate::device::LaneKind;
 use crate::engine::{Bound, LANES, Simulator, TaskGraph};
@@ -85,9 +85,8 @@ impl Planner {
             let part = LayerPass { block: 0, pass, degree, after: None, slices: &slices };
             policy.layer(&mut self.graph, costs, &part)?;
             let cost = |op: &LayerOp, tried: Option<LaneKind>, x: f64| match *op {
-                LayerOp::Chunk { stage, of, .. } => costs.seconds(stage, of),
                 LayerOp::Reduce(s) if Some(s) == tried.map(slice) => x,
-                LayerOp::Reduce(_) | LayerOp::Dense { .. } => 0.0,
+                _ => stage_seconds(costs, op),
             };
             let seconds = self.simulator.makespan(&self.graph, |op| cost(op, None, 0.0));
             let mut around = [seconds; 3];
@@ -136,41 +135,102 @@ impl Planner {
         best.map_or_else(|| config_err!("no plan"), Ok)
     }
 
-    /// What no plan of a policy can beat: the busiest lane's tasks, gradients included, at each layer's least; and the way
-    /// through all blocks, each layer at the least that any graph of it can take.
+    /// What no plan of a policy can beat. The way through all blocks, each layer at the least that any graph of it can take;
+    /// and what a lane has to do, at each layer's least, after any point of that way: its tasks from there on and the
+    /// gradients that are not complete before.
     ///
     /// # Errors
     /// As [`Planner::candidates`].
     pub fn bound(&mut self, policy: &dyn Policy, model: &ModelCosts) -> Result<Bound> {
-        let mut way = 0.0;
-        let mut busy = [0.0f64; 3];
+        let mut least: Vec<[Least; 2]> = Vec::new();
         for (i, block) in model.blocks.iter().enumerate() {
-            busy[LaneKind::Compute as usize] += block.dense[0] + block.dense[1];
-            way += block.dense[0] + block.dense[1];
-            let Some(moe) = &block.moe else { continue };
-            for pass in [Pass::Forward, Pass::Backward] {
-                let (mut least_way, mut least_busy) = (f64::MAX, [f64::MAX; 3]);
-                for degree in policy.degrees(moe) {
-                    self.graph.clear();
-                    let part = LayerPass { block: i, pass, degree, after: None, slices: &[] };
-                    policy.layer(&mut self.graph, moe, &part)?;
-                    let graph = &self.graph;
-                    least_way = least_way.min(self.simulator.bound(graph, |op| model.seconds(op)).seconds());
-                    for lane in LANES {
-                        let sum = graph.on_lane(lane).iter().map(|&id| model.seconds(graph.op(id))).sum();
-                        least_busy[lane as usize] = least_busy[lane as usize].min(sum);
-                    }
+            let none = Least { way: 0.0, busy: [0.0; 3] };
+            let mut passes = [none, none];
+            if let Some(moe) = &block.moe {
+                for pass in [Pass::Forward, Pass::Backward] {
+                    passes[pass as usize] = match known(&model.blocks[..i], moe) {
+                        Some(same) => least[same][pass as usize],
+                        None => self.least(policy, moe, pass)?,
+                    };
                 }
-                way += least_way;
-                busy.iter_mut().zip(least_busy).for_each(|(busy, least)| *busy += least);
+            }
+            least.push(passes);
+        }
+        // The step's parts in order: what each adds to the way and the lanes, and the gradients complete after it.
+        let mut parts = Vec::new();
+        let dense = |block: usize, pass: Pass| {
+            let seconds = model.blocks[block].dense[pass as usize];
+            Least { way: seconds, busy: [seconds, 0.0, 0.0] }
+        };
+        for (i, passes) in least.iter().enumerate() {
+            parts.push((dense(i, Pass::Forward), [0; 3]));
+            parts.push((passes[Pass::Forward as usize], [0; 3]));
+        }
+        for (i, passes) in least.iter().enumerate().rev() {
+            parts.push((passes[Pass::Backward as usize], model.blocks[i].moe_gradients));
+            parts.push((dense(i, Pass::Backward), model.blocks[i].dense_gradients));
+        }
+        let critical_path: f64 = parts.iter().map(|(part, _)| part.way).sum();
+        let mut bound = Bound { busiest: 0.0, lane: LaneKind::Compute, critical_path };
+        let (mut way, mut busy, mut late) = (critical_path, [0.0; 3], Pending::new(model));
+        for (part, gradients) in parts.iter().rev() {
+            // What this part completes cannot be reduced before its end, and what the lanes do later not either.
+            late.complete(*gradients);
+            let reduce = late.seconds(policy);
+            for lane in LANES {
+                let ends = way + busy[lane as usize] + reduce[lane as usize];
+                if reduce[lane as usize] > 0.0 && ends > bound.busiest {
+                    bound = Bound { busiest: ends, lane, critical_path };
+                }
+            }
+            way -= part.way;
+            busy.iter_mut().zip(part.busy).for_each(|(busy, part)| *busy += part);
+        }
+        let reduce = late.seconds(policy);
+        for lane in LANES {
+            let all = busy[lane as usize] + reduce[lane as usize];
+            if all > bound.busiest {
+                bound = Bound { busiest: all, lane, critical_path };
             }
         }
-        let mut all = Pending::new(model);
-        model.gradients().for_each(|(_, _, bytes)| all.complete(bytes));
-        busy.iter_mut().zip(all.seconds(policy)).for_each(|(busy, reduce)| *busy += reduce);
-        let lane = LANES.into_iter().max_by(|&a, &b| busy[a as usize].total_cmp(&busy[b as usize]));
-        let lane = lane.unwrap_or(LaneKind::Compute);
-        Ok(Bound { busiest: busy[lane as usize], lane, critical_path: way })
+        Ok(bound)
+    }
+
+    /// The least that a pass through a layer, and each lane in it, can take.
+    fn least(&mut self, policy: &dyn Policy, costs: &LayerCosts, pass: Pass) -> Result<Least> {
+        let mut least = Least { way: f64::MAX, busy: [f64::MAX; 3] };
+        for degree in policy.degrees(costs) {
+            self.graph.clear();
+            let part = LayerPass { block: 0, pass, degree, after: None, slices: &[] };
+            policy.layer(&mut self.graph, costs, &part)?;
+            let (graph, cost) = (&self.graph, |op: &LayerOp| stage_seconds(costs, op));
+            least.way = least.way.min(self.simulator.bound(graph, cost).seconds());
+            for lane in LANES {
+                let sum = graph.on_lane(lane).iter().map(|&id| cost(graph.op(id))).sum();
+                least.busy[lane as usize] = least.busy[lane as usize].min(sum);
+            }
+        }
+        Ok(least)
+    }
+}
+
+/// The least that a part of a step adds to the way through it, and to what each lane has to do: seconds.
+#[derive(Clone, Copy)]
+struct Least {
+    way: f64,
+    busy: [f64; 3],
+}
+
+/// A block before with the same layer.
+fn known(blocks: &[BlockCosts], costs: &LayerCosts) -> Option<usize> {
+    blocks.iter().position(|block| block.moe.as_ref() == Some(costs))
+}
+
+/// What a task of a layer costs; slices of gradients, nothing.
+fn stage_seconds(costs: &LayerCosts, op: &LayerOp) -> f64 {
+    match *op {
+        LayerOp::Chunk { stage, of, .. } => costs.seconds(stage, of),
+        LayerOp::Reduce(_) | LayerOp::Dense { .. } => 0.0,
     }
 }
 
@@ -187,21 +247,21 @@ impl Choices {
         lanes.sort_by_key(|&lane| lane as usize);
         lanes.dedup();
         let mut choices = Choices { layers: Vec::new(), of_block: Vec::new() };
-        let mut known: Vec<&LayerCosts> = Vec::new();
-        for block in &model.blocks {
-            let Some(costs) = &block.moe else {
-                choices.of_block.push(None);
-                continue;
-            };
-            let found = known.iter().position(|&other| other == costs);
-            choices.of_block.push(Some(found.unwrap_or(known.len())));
-            if found.is_none() {
-                known.push(costs);
-                choices.layers.push([
-                    planner.candidates(policy, costs, Pass::Forward, &[])?,
-                    planner.candidates(policy, costs, Pass::Backward, &lanes)?,
-                ]);
+        for (i, block) in model.blocks.iter().enumerate() {
+            let mut layer = None;
+            if let Some(costs) = &block.moe {
+                layer = match known(&model.blocks[..i], costs) {
+                    Some(same) => choices.of_block[same],
+                    None => {
+                        choices.layers.push([
+                            planner.candidates(policy, costs, Pass::Forward, &[])?,
+                            planner.candidates(policy, costs, Pass::Backward, &lanes)?,
+                        ]);
+                        Some(choices.layers.len() - 1)
+                    }
+                };
             }
+            choices.of_block.push(layer);
         }
         Ok(choices)
     }

@@ -1,6 +1,6 @@
 //! From shapes to volumes to costs: what every task of a step takes.
 
-use super::{Collective, Cost, GradGroup, LayerOp, Profile, Stage, World};
+use super::{Collective, Cost, GradGroup, LayerOp, Plan, Profile, Stage, World};
 use crate::device::LaneKind;
 use crate::error::{Result, config_err};
 use crate::named::named;
@@ -233,6 +233,11 @@ impl ModelCosts {
     pub fn gradients(&self) -> impl Iterator<Item = (usize, bool, [u64; 3])> {
         let of = |(i, block): (usize, &BlockCosts)| [(i, true, block.moe_gradients), (i, false, block.dense_gradients)];
         self.blocks.iter().enumerate().rev().flat_map(of)
+    }
+
+    /// Seconds that a plan's all-reduces after the backward take.
+    pub fn exposed(&self, plan: &Plan) -> f64 {
+        plan.windows.after.iter().map(|&slice| self.seconds(&LayerOp::Reduce(slice))).sum()
     }
 
     /// What a task of a step costs, in seconds.

@@ -10,6 +10,7 @@ mod golden_models;
 mod gradients;
 mod model;
 mod moe;
+mod plan;
 mod properties;
 mod support;
 mod train;

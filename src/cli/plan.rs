@@ -1,0 +1,212 @@
+//! `fsmoe plan`.
+
+use super::write_out;
+use fsmoe::engine::{Simulator, Timeline};
+use fsmoe::fsio::atomic_write;
+use fsmoe::model::{ModelConfig, preset};
+use fsmoe::moe::Capacity;
+use fsmoe::moe::expert::ExpertKind;
+use fsmoe::report::{Plans, duration, gantt, gantt_svg, perfetto};
+use fsmoe::schedule::{
+    AllToAllKind, LayerPass, ModelCosts, Pass, Plan, Planner, Policy, Profile, SliceTask, World, layer_graph, policy,
+    step_graph,
+};
+use fsmoe::{Error, Result};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Times are simulated from the profile's costs: nothing is run. In round brackets: the preset's."
+)]
+pub(crate) struct Args {
+    /// Model: gpt2-moe-tiny, mixtral-tiny, gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
+    #[arg(long, value_name = "NAME", default_value = "mixtral-8x7b")]
+    preset: String,
+    /// Costs: fsmoe-paper (FSMoE's published ones), or a TOML file
+    #[arg(long, value_name = "NAME|FILE", default_value = "fsmoe-paper")]
+    profile: String,
+    /// Ranks
+    #[arg(long, default_value_t = 32)]
+    ranks: usize,
+    /// Nodes, with as many ranks each
+    #[arg(long, default_value_t = 4)]
+    nodes: usize,
+    /// Ranks that share each attention head and dense FFN (ranks of a node)
+    #[arg(long)]
+    mp: Option<usize>,
+    /// Ranks of an expert-parallel group (nodes)
+    #[arg(long)]
+    ep: Option<usize>,
+    /// Ranks that share each expert (ranks of a node)
+    #[arg(long)]
+    esp: Option<usize>,
+    /// Ranks of a data-parallel group: has to be ranks over mp
+    #[arg(long)]
+    dp: Option<usize>,
+    /// All-to-all: direct, 1dh or 2dh
+    #[arg(long, value_name = "KIND", default_value = "direct")]
+    a2a: AllToAllKind,
+    /// Sequences of a step for each model-parallel group
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Tokens of a sequence (the longest, at most 2048)
+    #[arg(long)]
+    seq: Option<usize>,
+    /// Blocks (the preset's, as all below)
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Model width
+    #[arg(long)]
+    hidden: Option<usize>,
+    /// Attention heads, with keys and values each
+    #[arg(long)]
+    heads: Option<usize>,
+    /// Inner width of an expert
+    #[arg(long)]
+    ffn: Option<usize>,
+    /// Experts
+    #[arg(long)]
+    experts: Option<usize>,
+    /// Experts per token
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Capacity factor; * drops nothing, and is priced at the mean load
+    #[arg(long)]
+    capacity: Option<Capacity>,
+    /// Expert: gpt or mixtral
+    #[arg(long)]
+    expert: Option<ExpertKind>,
+    /// Whose plan is drawn
+    #[arg(long, value_name = "NAME", default_value = "fsmoe")]
+    policy: String,
+    /// Characters of the chart in the terminal
+    #[arg(long, default_value_t = 100)]
+    width: usize,
+    /// Write the chart as SVG
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Write the whole step under every policy for ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// One JSON object instead of tables and charts
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    pub(crate) fn run(self) -> Result<()> {
+        let (config, world) = (self.config()?, self.world()?);
+        let profile = Profile::find(&self.profile)?;
+        let seq = self.seq.unwrap_or(config.max_seq.min(2048));
+        let model = ModelCosts::new(&config.workload(self.batch, seq, &world, self.a2a)?, &world, &profile)?;
+        let drawn = policy::by_name(&self.policy)?;
+
+        let (mut planner, mut plans, mut timelines) = (Planner::new(), Plans::default(), Vec::new());
+        let mut chosen = None;
+        for policy in policy::all() {
+            let plan = planner.plan(&*policy, &model)?;
+            plans.add(&plan, &planner.bound(&*policy, &model)?, model.exposed(&plan));
+            if self.trace.is_some() {
+                let graph = step_graph(&*policy, &model, &plan)?;
+                timelines.push((plan.policy.clone(), Simulator::new().timeline(&graph, |op| model.seconds(op))));
+            }
+            if policy.name() == drawn.name() {
+                chosen = Some(plan);
+            }
+        }
+        let Some(chosen) = chosen else { return Err(Error::Config(format!("no plan of {}", drawn.name()))) };
+        let charts = charts(&*drawn, &model, &chosen)?;
+        let titled: Vec<(&str, &Timeline)> = charts.iter().map(|(title, t)| (title.as_str(), t)).collect();
+        if let Some(path) = &self.svg {
+            write(path, &gantt_svg(&titled))?;
+        }
+        if let Some(path) = &self.trace {
+            let processes: Vec<(&str, &Timeline)> = timelines.iter().map(|(name, t)| (name.as_str(), t)).collect();
+            write(path, &perfetto(&processes))?;
+        }
+
+        let text = if self.json {
+            let shape = json!({"batch": self.batch, "seq": seq, "layers": config.layers, "hidden": config.hidden,
+                "ffn": config.ffn, "experts": config.moe.experts, "top_k": config.moe.top_k});
+            let object = json!({"preset": self.preset, "profile": profile.name, "world": world, "shape": shape,
+                "policies": plans.policies, "plan": chosen});
+            format!("{object}\n")
+        } else {
+            let World { ranks, nodes, mp, ep, esp } = world;
+            let mut text = format!(
+                "{}, {} × {seq} tokens for each of {} model-parallel groups; {ranks} ranks on {nodes} nodes, mp {mp}, ep \
+                 {ep}, esp {esp}, {} all-to-all; costs of {}\n{plans}",
+                self.preset,
+                self.batch,
+                ranks / mp,
+                self.a2a,
+                profile.name
+            );
+            for (title, timeline) in &charts {
+                text.push_str(&format!(
+                    "\n{title}: {}\n{}",
+                    duration(timeline.makespan()),
+                    gantt(timeline, self.width)
+                ));
+            }
+            text
+        };
+        write_out(&mut std::io::stdout(), text.as_bytes())
+    }
+
+    fn config(&self) -> Result<ModelConfig> {
+        let mut config = preset(&self.preset)?;
+        let set = |value: &mut usize, given: Option<usize>| *value = given.unwrap_or(*value);
+        set(&mut config.layers, self.layers);
+        set(&mut config.hidden, self.hidden);
+        set(&mut config.heads, self.heads);
+        set(&mut config.kv_heads, self.heads);
+        set(&mut config.ffn, self.ffn);
+        set(&mut config.moe.experts, self.experts);
+        set(&mut config.moe.top_k, self.top_k);
+        config.moe.capacity = self.capacity.unwrap_or(config.moe.capacity);
+        config.moe.expert = self.expert.unwrap_or(config.moe.expert);
+        Ok(config)
+    }
+
+    fn world(&self) -> Result<World> {
+        let node = self.ranks.checked_div(self.nodes).unwrap_or(1).max(1);
+        let (mp, esp) = (self.mp.unwrap_or(node), self.esp.unwrap_or(node));
+        let world = World { ranks: self.ranks, nodes: self.nodes, mp, ep: self.ep.unwrap_or(self.nodes), esp };
+        world.validate()?;
+        match self.dp {
+            Some(dp) if dp * mp != self.ranks => Err(Error::Config(format!(
+                "dp = {dp} times mp = {mp} with {} ranks: the product is their number",
+                self.ranks
+            ))),
+            _ => Ok(world),
+        }
+    }
+}
+
+/// Forward and backward of the MoE layer in the middle of the model, with what is reduced meanwhile.
+fn charts(policy: &dyn Policy, model: &ModelCosts, plan: &Plan) -> Result<Vec<(String, Timeline)>> {
+    let moe: Vec<usize> = (0..model.blocks.len()).filter(|&i| model.blocks[i].moe.is_some()).collect();
+    let Some(&block) = moe.get(moe.len() / 2) else { return Ok(Vec::new()) };
+    let (Some(costs), Some(degrees)) = (&model.blocks[block].moe, plan.degrees[block]) else { return Ok(Vec::new()) };
+    let reduced = plan.windows.moe[block].iter().filter_map(|&slice| {
+        let (lane, _) = model.reduce[slice.group as usize]?;
+        Some(SliceTask { slice, lane: policy.reduce_lane(lane), after: None })
+    });
+    let slices: Vec<SliceTask> = reduced.collect();
+    Pass::ALL
+        .iter()
+        .map(|&pass| {
+            let degree = degrees[pass as usize];
+            let slices = if pass == Pass::Backward { &slices[..] } else { &[] };
+            let graph = layer_graph(policy, costs, &LayerPass { block, pass, degree, after: None, slices })?;
+            let title = format!("{}, {pass} of block {}, r = {}, d = {}", plan.policy, block + 1, degree.r, degree.d);
+            Ok((title, Simulator::new().timeline(&graph, |op| model.seconds(op))))
+        })
+        .collect()
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    atomic_write(path, |file| file.write_all(text.as_bytes()).map_err(|e| Error::io(path, e)))
+}
