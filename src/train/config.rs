@@ -1,5 +1,7 @@
 //! A run's settings: flags, a TOML file with the same names, defaults.
 
+use super::world::{CommKind, WorldConfig};
+use crate::comm::AllToAllKind;
 use crate::error::{Error, Result, config_err};
 use crate::model::{self, ModelConfig};
 use crate::moe::Capacity;
@@ -122,6 +124,28 @@ settings! {
     ffn: usize,
     /// Type of parameters and activations: f32 (the default), f64, bf16 or f16
     dtype: DType,
+    /// Ranks (1)
+    ranks: usize,
+    /// Nodes that the ranks are on, with as many on each (1)
+    nodes: usize,
+    /// Data-parallel ranks: has to be the ranks over --mp
+    dp: usize,
+    /// Ranks that have the same tokens and share an MoE layer's work on them (1)
+    mp: usize,
+    /// Ranks that the experts are divided among (as many as the ranks over --esp and the experts allow)
+    ep: usize,
+    /// Ranks that each expert's width is divided among (1)
+    esp: usize,
+    /// All-to-all: direct (the default), 1dh or 2dh
+    a2a: AllToAllKind,
+    /// Schedule: deepspeed, tutel, tutel-improved, pipemoe-lina, no-iio or fsmoe (the default)
+    schedule: String,
+    /// Costs that schedules are planned by: fsmoe-paper, or a TOML file; without it, nominal costs
+    profile: String,
+    /// How ranks talk: local, threads of this process
+    comm: CommKind,
+    /// Seconds that a rank waits for the others (600)
+    comm_timeout: u64,
     /// Folder for the run; by default runs/PRESET-DATE-TIME
     #[arg(value_name = "DIR")]
     out: PathBuf,
@@ -150,8 +174,12 @@ impl Settings {
     /// # Errors
     /// Names the first value that breaks a rule, and the rule.
     pub fn resolve(&self) -> Result<(TrainConfig, ModelConfig)> {
-        let train = self.train()?;
         let model = self.model()?;
+        let train = TrainConfig { world: WorldConfig::of(self, &model)?, ..self.train()? };
+        let dp = train.world.sizes.dp;
+        if !train.batch.is_multiple_of(dp) {
+            config_err!("--batch {} with --dp {dp}: each data-parallel rank has as many sequences", train.batch);
+        }
         if train.seq > model.max_seq {
             config_err!("--seq {}: {}'s positions end at {}", train.seq, train.preset, model.max_seq);
         }
@@ -182,6 +210,7 @@ impl Settings {
             save_every: self.save_every.unwrap_or(d.save_every),
             keep_last: self.keep_last.unwrap_or(d.keep_last),
             dtype: self.dtype.unwrap_or(d.dtype),
+            world: d.world,
         };
         config.validate()?;
         Ok(config)
@@ -275,6 +304,8 @@ pub struct TrainConfig {
     pub keep_last: usize,
     /// Type of parameters and activations.
     pub dtype: DType,
+    /// The ranks that share the work.
+    pub world: WorldConfig,
 }
 
 impl Default for TrainConfig {
@@ -301,6 +332,7 @@ impl Default for TrainConfig {
             save_every: 100,
             keep_last: 2,
             dtype: DType::F32,
+            world: WorldConfig::default(),
         }
     }
 }

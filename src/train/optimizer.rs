@@ -1,6 +1,6 @@
 //! AdamW over a model's parameters, with gradient clipping by global norm and a warm-up and cosine schedule.
 
-use crate::autograd::Parameter;
+use crate::autograd::{Parameter, ReduceGroup};
 use crate::device::{AdamW, Lane};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
@@ -51,6 +51,9 @@ pub struct Optimizer {
     scale: Tensor,
 }
 
+/// Makes of the sum of squares, (1) acc, of one rank's experts' gradients that of all ranks'.
+pub type SumOverExperts<'a> = &'a dyn Fn(&Tensor) -> Result<()>;
+
 struct State {
     param: Parameter,
     /// The weights that are updated; the parameter's own value where that has the accumulation type.
@@ -98,9 +101,27 @@ impl Optimizer {
     /// # Errors
     /// If the device fails, and [`Error::Numeric`] naming the parameter if a gradient is not finite.
     pub fn measure(&self, grad_scale: f64) -> Result<f64> {
+        self.measure_over(grad_scale, None)
+    }
+
+    /// [`Optimizer::measure`] where the experts' parameters are those of one rank: `all_experts` makes of the sum of squares
+    /// of their gradients, (1) acc, that of all ranks' experts.
+    ///
+    /// # Errors
+    /// As [`Optimizer::measure`], and those of `all_experts`.
+    pub fn measure_over(&self, grad_scale: f64, all_experts: Option<SumOverExperts<'_>>) -> Result<f64> {
         self.lane.fill(&self.sum, 0.0)?;
+        let experts = match all_experts {
+            Some(_) => self.lane.zeros([1], self.sum.dtype())?,
+            None => self.sum.clone(),
+        };
         for p in &self.params {
-            self.lane.dot(p.param.grad(), p.param.grad(), &self.sum)?;
+            let sum = if p.param.group() == ReduceGroup::Expert { &experts } else { &self.sum };
+            self.lane.dot(p.param.grad(), p.param.grad(), sum)?;
+        }
+        if let Some(all_experts) = all_experts {
+            all_experts(&experts)?;
+            self.lane.axpby(1.0, &experts, 1.0, &self.sum)?;
         }
         self.lane.clip_scale(&self.sum, grad_scale, self.config.clip, &self.norm, &self.scale)?;
         let norm = self.lane.scalar(&self.norm)?;

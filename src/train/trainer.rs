@@ -3,12 +3,16 @@
 use super::config::TrainConfig;
 use super::data::Corpus;
 use super::optimizer::{Optimizer, OptimizerConfig};
+use super::ranks::Ranks;
 use crate::autograd::{Init, Tape};
+use crate::comm::{Sizes, Topology};
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
 use crate::model::{ModelConfig, Transformer};
+use crate::moe::distributed::Parallel;
 use crate::moe::{RoutingStats, StepContext};
 use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
 
 const ADVICE: &str = "try a lower --lr or a lower --clip from the last checkpoint";
 
@@ -32,31 +36,68 @@ pub struct Trainer {
     corpus: Corpus,
     model: Transformer,
     optimizer: Optimizer,
+    /// Where other ranks share the work.
+    ranks: Option<Ranks>,
     step: u64,
 }
 
 impl Trainer {
-    /// A fresh run: parameters from the seed, zero moments, step 0.
+    /// A fresh run on one rank: parameters from the seed, zero moments, step 0.
     ///
     /// # Errors
     /// If the configuration breaks a rule, or the corpus is too small for it.
     pub fn new(lane: &Lane, config: &TrainConfig, model: &ModelConfig, corpus: Corpus) -> Result<Self> {
+        Self::on(lane, config, model, corpus, None)
+    }
+
+    /// One rank's part of a fresh run on the ranks of a world: each has its share of the sequences. What it learns is what
+    /// one rank with as many routing groups learns. Whatever it does, all ranks do together.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; also if the work cannot be shared so, or another rank fails or never comes.
+    pub fn on_ranks(
+        lane: &Lane,
+        config: &TrainConfig,
+        model: &ModelConfig,
+        corpus: Corpus,
+        parallel: &Arc<Parallel>,
+    ) -> Result<Self> {
+        Self::on(lane, config, model, corpus, Some(parallel))
+    }
+
+    fn on(
+        lane: &Lane,
+        config: &TrainConfig,
+        model: &ModelConfig,
+        corpus: Corpus,
+        parallel: Option<&Arc<Parallel>>,
+    ) -> Result<Self> {
         if config.seq > model.max_seq {
             config_err!("--seq {}: the model's positions end at {}", config.seq, model.max_seq);
         }
         if model.vocab < 256 {
             config_err!("vocabulary of {}: byte-level training takes at least 256", model.vocab);
         }
-        if !(config.batch * config.seq).is_multiple_of(model.moe.groups) {
+        let Sizes { dp, mp, .. } = parallel.map_or(Topology::single(), |p| *p.groups().topology()).sizes();
+        if !config.batch.is_multiple_of(dp) {
+            config_err!("--batch {} with --dp {dp}: each data-parallel rank has as many sequences", config.batch);
+        }
+        let tokens = config.batch / dp * config.seq;
+        if !tokens.is_multiple_of(mp * model.moe.groups) {
             config_err!(
-                "{} routing groups do not divide the {}·{} tokens of a micro-batch",
+                "{} routing groups on each of {mp} MP ranks do not divide the {}·{} tokens of a micro-batch",
                 model.moe.groups,
-                config.batch,
+                config.batch / dp,
                 config.seq
             );
         }
         corpus.require(config.seq)?;
-        let model = Transformer::new(&Init::new(lane, config.dtype, config.seed), model)?;
+        let init = Init::new(lane, config.dtype, config.seed);
+        let model = match parallel {
+            None => Transformer::new(&init, model)?,
+            Some(parallel) => Transformer::on_ranks(&init, model, parallel)?,
+        };
+        let ranks = parallel.map(|p| Ranks::new(lane, &config.world, p, &model, tokens)).transpose()?;
         let optimizer = OptimizerConfig {
             lr: config.lr,
             min_lr_ratio: config.min_lr_ratio,
@@ -69,7 +110,7 @@ impl Trainer {
             clip: config.clip,
         };
         let optimizer = Optimizer::new(lane, optimizer, model.parameters())?;
-        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, step: 0 })
+        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, ranks, step: 0 })
     }
 
     /// The model.
@@ -80,6 +121,63 @@ impl Trainer {
     /// The optimizer.
     pub fn optimizer(&self) -> &Optimizer {
         &self.optimizer
+    }
+
+    /// The rank it is on.
+    pub fn rank(&self) -> usize {
+        self.ranks.as_ref().map_or(0, Ranks::rank)
+    }
+
+    /// This rank's share of the sequences, of how many.
+    fn share(&self) -> (usize, usize) {
+        self.ranks.as_ref().map_or((0, 1), Ranks::share)
+    }
+
+    /// The mean over ranks of a number.
+    fn mean(&self, value: f64) -> Result<f64> {
+        self.ranks.as_ref().map_or(Ok(value), |ranks| ranks.mean(&self.lane, value))
+    }
+
+    /// Whether any rank says so: what all do next depends on it.
+    ///
+    /// # Errors
+    /// If another rank fails or never comes.
+    pub fn any(&self, value: bool) -> Result<bool> {
+        self.ranks.as_ref().map_or(Ok(value), |ranks| ranks.any(&self.lane, value))
+    }
+
+    /// Waits for all ranks.
+    ///
+    /// # Errors
+    /// If another rank fails or never comes.
+    pub fn barrier(&self) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.barrier(&self.lane))
+    }
+
+    /// Tensors of the model or the optimizer, by name, each as a whole.
+    ///
+    /// # Errors
+    /// If another rank fails or never comes, or the device has no memory left.
+    pub fn whole(&self, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        match &self.ranks {
+            None => Ok(tensors),
+            Some(ranks) => ranks.whole(&self.lane, tensors),
+        }
+    }
+
+    /// Has `load` write tensors of the model or the optimizer, by name, each as a whole, and keeps this rank's part.
+    ///
+    /// # Errors
+    /// Those of `load`; if the device has no memory left.
+    pub fn load(
+        &self,
+        tensors: Vec<(String, Tensor)>,
+        load: impl FnOnce(Vec<(String, Tensor)>) -> Result<()>,
+    ) -> Result<()> {
+        let Some(ranks) = &self.ranks else { return load(tensors) };
+        let whole = ranks.to_load(&self.lane, &tensors)?;
+        load(whole.clone())?;
+        ranks.take(&self.lane, &tensors, &whole)
     }
 
     /// Steps done.
@@ -105,20 +203,25 @@ impl Trainer {
     pub fn step(&mut self) -> Result<StepOutcome> {
         let micro = self.config.accumulate;
         let mut out = StepOutcome { lr: self.optimizer.config().lr_at(self.step), ..StepOutcome::default() };
-        self.optimizer.zero_grad()?;
+        self.ranks.as_ref().map_or_else(|| self.optimizer.zero_grad(), |ranks| ranks.zero_grad(&self.lane))?;
+        let (share, shares) = self.share();
+        let batch = self.config.batch / shares;
         for m in 0..micro {
-            let first_sample = (self.step * micro as u64 + m as u64) * self.config.batch as u64;
-            let (ids, targets) = self.batch(first_sample)?;
+            let first = m * self.config.batch + share * batch;
+            let (ids, targets) = self.batch(self.step * (micro * self.config.batch) as u64 + first as u64, batch)?;
             let cx = StepContext {
                 train: true,
                 seed: self.config.seed,
                 step: self.step,
-                first_token: (m * self.config.batch * self.config.seq) as u64,
+                first_token: (first * self.config.seq) as u64,
             };
+            if let Some(ranks) = &self.ranks {
+                ranks.begin(&self.model, m + 1 == micro);
+            }
             let tape = Tape::new(&self.lane);
-            let result = self.model.forward(&tape, &ids, self.config.batch, self.config.seq, cx)?;
+            let result = self.model.forward(&tape, &ids, batch, self.config.seq, cx)?;
             let loss = tape.cross_entropy(&result.logits, &targets)?;
-            let value = self.lane.scalar(loss.value())?;
+            let value = self.mean(self.lane.scalar(loss.value())?)?;
             if !value.is_finite() {
                 let what = format!("step {}: the loss is {value}", self.step + 1);
                 return Err(self.find_non_finite(&what, &ids, &targets, cx));
@@ -126,12 +229,21 @@ impl Trainer {
             out.loss += value / micro as f64;
             out.routing.resize(result.routings.len(), RoutingStats::default());
             for (sum, routing) in out.routing.iter_mut().zip(&result.routings) {
-                sum.merge(&routing.stats(&self.lane)?);
+                let mut stats = routing.stats(&self.lane)?;
+                self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.merge(&self.lane, &mut stats))?;
+                sum.merge(&stats);
             }
-            let one = |like: &Tensor| self.lane.full(*like.shape(), like.dtype(), 1.0);
-            tape.backward(&[(&loss, one(loss.value())?), (&result.aux_loss, one(result.aux_loss.value())?)])?;
+            // The loss is the mean over shares, the auxiliary one already that of all.
+            let root = |like: &Tensor, d: f64| self.lane.full(*like.shape(), like.dtype(), d);
+            tape.backward(&[
+                (&loss, root(loss.value(), 1.0 / shares as f64)?),
+                (&result.aux_loss, root(result.aux_loss.value(), 1.0)?),
+            ])?;
         }
-        out.grad_norm = self.optimizer.measure(1.0 / micro as f64).map_err(|e| match e {
+        self.ranks.as_ref().map_or(Ok(()), Ranks::finish)?;
+        let over_experts = self.ranks.as_ref().map(|ranks| |sum: &Tensor| ranks.sum_over_experts(&self.lane, sum));
+        let over_experts = over_experts.as_ref().map(|f| f as &dyn Fn(&Tensor) -> Result<()>);
+        out.grad_norm = self.optimizer.measure_over(1.0 / micro as f64, over_experts).map_err(|e| match e {
             Error::Numeric(what) => Error::Numeric(format!("step {}: {what}; {ADVICE}", self.step + 1)),
             e => e,
         })?;
@@ -148,8 +260,12 @@ impl Trainer {
     pub fn evaluate(&self, windows: usize) -> Result<f64> {
         let (seq, batch) = (self.config.seq, self.config.batch.min(windows));
         let windows = self.corpus.held_out_windows(seq, windows);
+        let (share, shares) = self.share();
         let mut sum = 0.0;
-        for chunk in windows.chunks(batch) {
+        for all in windows.chunks(batch) {
+            // What cannot be shared evenly, every rank has whole.
+            let each = all.len() / shares;
+            let chunk = if all.len() == each * shares { &all[share * each..(share + 1) * each] } else { all };
             let ids: Vec<i32> = chunk.iter().flat_map(|w| w[..seq].iter().map(|&b| i32::from(b))).collect();
             let targets: Vec<i32> = chunk.iter().flat_map(|w| w[1..].iter().map(|&b| i32::from(b))).collect();
             let (ids, targets) = (self.upload(&ids)?, self.upload(&targets)?);
@@ -157,12 +273,12 @@ impl Trainer {
             let cx = StepContext { train: false, seed: self.config.seed, step: self.step, first_token: 0 };
             let out = self.model.forward(&tape, &ids, chunk.len(), seq, cx)?;
             let loss = tape.cross_entropy(&out.logits, &targets)?;
-            let value = self.lane.scalar(loss.value())?;
+            let value = self.mean(self.lane.scalar(loss.value())?)?;
             if !value.is_finite() {
                 let what = format!("step {}: the held-out loss is {value}", self.step);
                 return Err(self.find_non_finite(&what, &ids, &targets, cx));
             }
-            sum += value * chunk.len() as f64;
+            sum += value * all.len() as f64;
         }
         Ok(sum / windows.len() as f64)
     }
@@ -171,11 +287,11 @@ impl Trainer {
         self.lane.to_device(&Tensor::from_slice(ids, [ids.len()])?)
     }
 
-    /// Inputs and targets, (batch·seq) each, of the samples from `first` on.
-    fn batch(&self, first: u64) -> Result<(Tensor, Tensor)> {
+    /// Inputs and targets, (count·seq) each, of `count` samples from `first` on.
+    fn batch(&self, first: u64, count: usize) -> Result<(Tensor, Tensor)> {
         let seq = self.config.seq;
         let (mut ids, mut targets) = (Vec::new(), Vec::new());
-        for sample in first..first + self.config.batch as u64 {
+        for sample in first..first + count as u64 {
             let window = self.corpus.train_window(self.config.seed, sample, seq);
             ids.extend(window[..seq].iter().map(|&b| i32::from(b)));
             targets.extend(window[1..].iter().map(|&b| i32::from(b)));

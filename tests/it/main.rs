@@ -12,5 +12,6 @@ mod model;
 mod moe;
 mod plan;
 mod properties;
+mod ranks;
 mod support;
 mod train;

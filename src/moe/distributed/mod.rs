@@ -42,6 +42,9 @@ pub struct LayerPlan {
     pub degrees: [Degree; 2],
     /// The slices of gradients that are summed during the backward, complete when it begins.
     pub slices: Vec<Slice>,
+    /// The slices that are summed once the backward has ended, while whatever comes next is computed;
+    /// [`Parallel::settle`] waits for them.
+    pub after: Vec<Slice>,
     /// Where these gradients lie; may be none where there are no slices.
     pub gradients: Option<Arc<GradientBuffers>>,
 }
@@ -49,7 +52,13 @@ pub struct LayerPlan {
 impl Default for LayerPlan {
     /// FSMoE's order in one chunk, no gradients.
     fn default() -> Self {
-        LayerPlan { policy: Arc::new(FsMoe), degrees: [Degree::all_first(1); 2], slices: Vec::new(), gradients: None }
+        LayerPlan {
+            policy: Arc::new(FsMoe),
+            degrees: [Degree::all_first(1); 2],
+            slices: Vec::new(),
+            after: Vec::new(),
+            gradients: None,
+        }
     }
 }
 
@@ -409,10 +418,9 @@ impl Inner {
         let Degree { r, d } = plan.degrees[pass as usize];
         let r = r.min(cut.pieces());
         let degree = Degree { r, d: d.min(r) };
-        let slice = |slice: &Slice| {
-            let lane = self.parallel.groups().lane(Parallel::reduces(slice.group));
-            SliceTask { slice: *slice, lane: plan.policy.reduce_lane(lane), after: None }
-        };
+        let reduce_lane =
+            |slice: &Slice| plan.policy.reduce_lane(self.parallel.groups().lane(Parallel::reduces(slice.group)));
+        let slice = |slice: &Slice| SliceTask { slice: *slice, lane: reduce_lane(slice), after: None };
         let slices: Vec<SliceTask> = match pass {
             Pass::Forward => Vec::new(),
             Pass::Backward => plan.slices.iter().map(slice).collect(),
@@ -421,6 +429,11 @@ impl Inner {
         let graph: TaskGraph<_> = layer_graph(&*plan.policy, &self.parallel.stages(cut.pieces()), &part)?;
         let (out, timeline) = journey(&self.parallel, cut, &graph, steps, plan.gradients.as_deref(), rows)?;
         self.timelines.lock().unwrap_or_else(PoisonError::into_inner)[pass as usize] = Some(timeline);
+        if let (Pass::Backward, Some(gradients)) = (pass, &plan.gradients) {
+            for slice in &plan.after {
+                self.parallel.submit(reduce_lane(slice), gradients.clone(), *slice);
+            }
+        }
         Ok(out)
     }
 

@@ -1,10 +1,11 @@
 //! What the layers of one rank share: its groups, its lanes, and the all-to-all.
 
+use super::GradientBuffers;
 use crate::comm::{AllToAll, Communicator, GroupKind, Groups, Topology};
 use crate::device::{Lane, LaneKind, cpu};
-use crate::engine::{Cancel, CpuLanes, LANES, TaskGraph, TaskId, Timeline, caught, lane_name};
+use crate::engine::{Cancel, CpuLanes, LANES, Pending, TaskGraph, TaskId, Timeline, caught, lane_name};
 use crate::error::{Error, Result};
-use crate::schedule::{Cost, Exchange, GradGroup, LayerCosts, LayerOp, Work};
+use crate::schedule::{Cost, Exchange, GradGroup, LayerCosts, LayerOp, Slice, Work};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// One rank of a world on the CPU: its groups, a thread per lane, and how rows travel to their experts.
@@ -15,6 +16,8 @@ pub struct Parallel {
     lanes: [Lane; 3],
     threads: CpuLanes,
     cancel: Cancel,
+    /// Sums of gradients under way.
+    pending: Mutex<Vec<Pending>>,
 }
 
 impl Parallel {
@@ -26,7 +29,7 @@ impl Parallel {
         let groups = Groups::new(world, topology)?;
         let threads = CpuLanes::new(&format!("rank {}", groups.rank()))?;
         let lanes = LANES.map(|kind| Lane::new(Arc::new(cpu::Cpu), kind));
-        Ok(Arc::new(Parallel { groups, all_to_all, lanes, threads, cancel: Cancel::new() }))
+        Ok(Arc::new(Parallel { groups, all_to_all, lanes, threads, cancel: Cancel::new(), pending: Mutex::default() }))
     }
 
     /// This rank's groups.
@@ -51,6 +54,24 @@ impl Parallel {
             GradGroup::Expert => GroupKind::Replica,
             GradGroup::Replicated => GroupKind::World,
         }
+    }
+
+    /// Sums a slice of gradients at the end of a lane's queue; returns at once.
+    pub(super) fn submit(&self, kind: LaneKind, gradients: Arc<GradientBuffers>, slice: Slice) {
+        let (lane, world) = (self.lane(kind).clone(), self.groups.world().clone());
+        let job = self.threads.submit(kind, move || {
+            caught(|| gradients.reduce(&lane, slice)).inspect_err(|e| world.abort(&e.to_string()))
+        });
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).push(job);
+    }
+
+    /// Waits for the sums of gradients that are under way.
+    ///
+    /// # Errors
+    /// The first that one of them had.
+    pub fn settle(&self) -> Result<()> {
+        let pending = std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner));
+        pending.into_iter().map(Pending::wait).fold(Ok(()), Result::and)
     }
 
     /// Runs a graph on this rank's lanes. A task that fails or panics ends every rank's work: the others wait for it.
