@@ -37,10 +37,10 @@ pub fn write(dir: &Path, lane: &Lane, model: &Transformer) -> Result<()> {
     write_as(dir, lane, model.config(), model.dtype(), named(model))
 }
 
-/// [`write`] of a model whose parameters and buffers are given by name, each as a whole: one that is spread over ranks.
+/// [`write()`] of a model whose parameters and buffers are given by name, each as a whole: one that is spread over ranks.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_as(
     dir: &Path,
     lane: &Lane,

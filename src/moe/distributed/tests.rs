@@ -272,7 +272,7 @@ fn check(case: &Case, cuttings: &[Cutting]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, max_shrink_iters: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 120, max_shrink_iters: 60, ..ProptestConfig::default() })]
 
     #[test]
     fn random_worlds_equal_one_rank(case in cases(1..=8), cuttings in prop::collection::vec(cuttings(), 3)) {
@@ -281,7 +281,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 6, max_shrink_iters: 20, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 20, max_shrink_iters: 20, ..ProptestConfig::default() })]
 
     #[test]
     fn larger_random_worlds_equal_one_rank(case in cases(9..=16), cuttings in prop::collection::vec(cuttings(), 2)) {
