@@ -4,8 +4,8 @@
 // what counts is the number of instructions. A lane's sums of one row are two columns of every eight (ptx/wgmma.cuh);
 // stored as they lie, a warp would write 16 bytes here and there. Four fragments of eight rows and eight columns therefore
 // pass through shared memory, one instruction in and one out, after which each of the four lanes that share a row has all
-// eight columns of one fragment: 16 bytes, and four such side by side. (Trading them by shuffles takes 16 instructions and
-// was 10% slower over the whole of a GELU forward.) Inputs are read in that same layout.
+// eight columns of one fragment: 16 bytes, and four such side by side. (Trading them by shuffles takes 16 instructions; a
+// GELU forward took 2 to 3% longer with it.) Inputs are read in that same layout.
 #pragma once
 
 #include <utility>
@@ -33,13 +33,18 @@ struct Units {
   static constexpr int count = Blocks * (2 * fours + twos) + ones;
   static_assert(ones == 0 || Blocks == 2, "a group left over needs four 8-row halves to make a unit");
 
+
+  static constexpr int per_block = 2 * fours + twos;
   // Whether the unit's fragments are of the same rows.
-  __host__ __device__ static constexpr bool one_row(int unit) { return unit < Blocks * 2 * fours; }
+  __host__ __device__ static constexpr bool one_row(int unit) {
+    return unit < Blocks * per_block && unit % per_block < 2 * fours;
+  }
   // Fragment `i` of the unit; its lane's own is number lane % 4.
   __host__ __device__ static constexpr Fragment fragment(int unit, int i) {
-    if (unit < Blocks * 2 * fours) return {unit / (2 * fours), unit % 2, unit % (2 * fours) / 2 * 4 + i};
-    if (unit < Blocks * (2 * fours + twos)) return {unit - Blocks * 2 * fours, i / 2, 4 * fours + i % 2};
-    return {i / 2, i % 2, Groups - 1};
+    const int block = unit / per_block, in_block = unit % per_block;
+    if (block == Blocks) return {i / 2, i % 2, Groups - 1};
+    if (in_block < 2 * fours) return {block, in_block % 2, in_block / 2 * 4 + i};
+    return {block, i / 2, 4 * fours + i % 2};
   }
 };
 
@@ -72,6 +77,12 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   return w;
 }
 
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t at) {
+  uint2 w;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(w.x), "=r"(w.y) : "r"(at) : "memory");
+  return w;
+}
+
 // The warp's slots in shared memory, through which the four lanes of a quad trade a unit of 32-bit words: each lane gives
 // word i of fragment i and gets the four words of its own fragment. Slots are put, then all got, then may be put again.
 class Trade {
@@ -95,9 +106,9 @@ class Trade {
   // Between puts and gets, and between gets and the next puts.
   __device__ __forceinline__ void turn() const { __syncwarp(); }
 
-  // A unit's sums unrounded: the lane's eight of its own row. Takes all slots, puts and gets.
+  // A unit's sums unrounded: take all slots. Got are four columns of the lane's eight, the first or the last of them.
   template <class Units, int Unit, int Blocks, int Count>
-  __device__ __forceinline__ void sums_of_row(const float (&sums)[Blocks][Count], float (&row)[8]) const {
+  __device__ __forceinline__ void put_sums(const float (&sums)[Blocks][Count]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Fragment f = Units::fragment(Unit, i);
@@ -105,15 +116,12 @@ class Trade {
                    "f"(sum_at(sums, f, 1))
                    : "memory");
     }
-    turn();
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(row[i]), "=f"(row[i + 1]), "=f"(row[i + 2]), "=f"(row[i + 3])
-                   : "r"(get_sums_ + 4 * i)
-                   : "memory");
-    }
-    turn();
+  }
+  __device__ __forceinline__ void get_sums(int part, float (&row)[4]) const {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(row[0]), "=f"(row[1]), "=f"(row[2]), "=f"(row[3])
+                 : "r"(get_sums_ + 16 * part)
+                 : "memory");
   }
 
  private:
@@ -169,6 +177,9 @@ __device__ __forceinline__ uint4 fetch(const bf16* matrix, const Window& window,
   return w;
 }
 
+// What an epilogue asks for before its tile is multiplied: nothing, for most.
+struct Nothing {};
+
 // ----------------------------------------------------------------------------
 // D as it is.
 
@@ -180,9 +191,13 @@ struct PlainArgs {
 struct Plain {
   using Args = PlainArgs;
   static constexpr int inputs = 0;
+  template <int Blocks>
+  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
+    return {};
+  }
 
   template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
                                              uint32_t slots, InputRing&, const Args& args) {
     using U = Units<Count / 4, Blocks>;
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
@@ -225,9 +240,13 @@ struct WeightArgs {
 struct WeightGradient {
   using Args = WeightArgs;
   static constexpr int inputs = 0;
+  template <int Blocks>
+  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
+    return {};
+  }
 
   template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
                                              uint32_t slots, InputRing&, const Args& args) {
     using U = Units<Count / 4, Blocks>;
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
@@ -237,15 +256,18 @@ struct WeightGradient {
     for_units<U>([&](auto number) {
       constexpr int unit = decltype(number)::value;
       const Fragment mine = U::fragment(unit, quad);
-      float row[8];
-      trade.sums_of_row<U, unit>(sums, row);
+      trade.put_sums<U, unit>(sums);
+      trade.turn();
+      float l[4], r[4];
+      trade.get_sums(0, l);
+      trade.get_sums(1, r);
+      trade.turn();
       if (args.accumulate) {
         const uint4 old = fetch<true>(d, window, mine);
-        row[0] += low(old.x), row[1] += high(old.x), row[2] += low(old.y), row[3] += high(old.y);
-        row[4] += low(old.z), row[5] += high(old.z), row[6] += low(old.w), row[7] += high(old.w);
+        l[0] += low(old.x), l[1] += high(old.x), l[2] += low(old.y), l[3] += high(old.y);
+        r[0] += low(old.z), r[1] += high(old.z), r[2] += low(old.w), r[3] += high(old.w);
       }
-      store<true>(d, window, mine,
-                  make_uint4(pack(row[0], row[1]), pack(row[2], row[3]), pack(row[4], row[5]), pack(row[6], row[7])));
+      store<true>(d, window, mine, make_uint4(pack(l[0], l[1]), pack(l[2], l[3]), pack(r[0], r[1]), pack(r[2], r[3])));
     });
   }
 };
@@ -264,9 +286,13 @@ template <class Gelu>
 struct GeluForward {
   using Args = ForwardArgs;
   static constexpr int inputs = 0;
+  template <int Blocks>
+  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
+    return {};
+  }
 
   template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
                                              uint32_t slots, InputRing&, const Args& args) {
     using U = Units<Count / 4, Blocks>;
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
@@ -297,9 +323,13 @@ struct GeluForward {
 struct SwigluForward {
   using Args = ForwardArgs;
   static constexpr int inputs = 0;
+  template <int Blocks>
+  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
+    return {};
+  }
 
   template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
                                              uint32_t slots, InputRing&, const Args& args) {
     constexpr int Groups = Count / 8;
     using U = Units<Groups, Blocks>;
@@ -369,86 +399,106 @@ struct Backward {
   using Args = BackwardArgs;
   static constexpr int inputs = Activation::inputs;
 
-  // A box holds the four groups of a unit, or the two that are left over.
+  // The weights of the thread's rows, by block and half.
+  template <int Blocks>
+  struct Weights {
+    float of[Blocks][2];
+  };
+  template <int Blocks>
+  __device__ __forceinline__ static Weights<Blocks> early(const Tile& tile, int first_row, const Args& args) {
+    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
+    Weights<Blocks> weights;
+#pragma unroll
+    for (int row = 0; row < 2 * Blocks; ++row) {
+      weights.of[row / 2][row % 2] = args.weight ? __ldg(args.weight + window.row_of({row / 2, row % 2, 0})) : 1.0f;
+    }
+    return weights;
+  }
+
+  // A box holds the four groups of two units, or what is left of its rows.
   template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Tile& tile, int first_row,
-                                             uint32_t slots, InputRing& ring, const Args& args) {
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Weights<Blocks>& weights,
+                                             const Tile& tile, int first_row, uint32_t slots, InputRing& ring,
+                                             const Args& args) {
+    for_each(std::make_integer_sequence<int, Blocks>{}, [&](auto number) {
+      run_block<decltype(number)::value>(sums, weights, tile, first_row, slots, ring, args);
+    });
+  }
+
+ private:
+  // One block after the other: its weights and sums over rows need no registers while the other's are in use.
+  template <int Block, int Blocks, int Count>
+  __device__ __forceinline__ static void run_block(float (&sums)[Blocks][Count], const Weights<Blocks>& weights,
+                                                   const Tile& tile, int first_row, uint32_t slots, InputRing& ring,
+                                                   const Args& args) {
     using U = Units<Count / 4, Blocks>;
+    static_assert(U::ones == 0, "a unit must be of one block");
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
     const Trade trade(slots);
     const int quad = threadIdx.x % 4;
-    // Of the thread's rows, by block and half.
-    float weights[Blocks][2], partials[Blocks][2];
-#pragma unroll
-    for (int row = 0; row < 2 * Blocks; ++row) {
-      weights[row / 2][row % 2] = args.weight ? __ldg(args.weight + window.row_of({row / 2, row % 2, 0})) : 1.0f;
-      partials[row / 2][row % 2] = 0.0f;
-    }
+    float partials[2] = {0.0f, 0.0f};
     // Within a box the lane's 16 bytes of its row: eight lanes read 128 bytes that lie together.
     const uint32_t here = ring.stages + (threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4) * (input_cols * 2);
-    for_units<U>([&](auto number) {
-      constexpr int unit = decltype(number)::value;
+    for_each(std::make_integer_sequence<int, U::per_block>{}, [&](auto number) {
+      constexpr int in_block = decltype(number)::value, unit = Block * U::per_block + in_block;
+      constexpr bool one_row = U::one_row(unit);
       const Fragment mine = U::fragment(unit, quad);
-      float row[8];
-      trade.sums_of_row<U, unit>(sums, row);
-      // Two units of four groups are a box, the two halves of its rows, and so is the one unit of what is left.
-      if (!U::one_row(unit) || unit % 2 == 0) ptx::mbarrier_wait(ring.full + 8 * ring.turn.stage, ring.turn.parity);
+      trade.put_sums<U, unit>(sums);
+      trade.turn();
+      if (!one_row || in_block % 2 == 0) ptx::mbarrier_wait(ring.full + 8 * ring.turn.stage, ring.turn.parity);
       const uint32_t box = here + ring.turn.stage * (inputs * input_bytes) + mine.half * (8 * input_cols * 2) +
                            mine.group % 4 * 16;
-      const uint4 first = load_shared(box), second = load_shared(box + (inputs - 1) * input_bytes);
-      float weight;
-      if constexpr (U::one_row(unit)) {
-        weight = weights[U::fragment(unit, 0).block][U::fragment(unit, 0).half];
-      } else {
-        weight = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Fragment f = U::fragment(unit, i);
-          weight = i == quad ? weights[f.block][f.half] : weight;
-        }
-      }
-      if (!U::one_row(unit) || unit % 2 == 1) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty + 8 * ring.turn.stage);
-        ring.turn.next();
-      }
-      const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
+      const float weight = mine.half == 0 ? weights.of[Block][0] : weights.of[Block][1];
       uint32_t d_a[4], d_b[4], act[4];
       float partial = 0.0f;
+      // Four columns at a time: registers for all eight there are not.
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Swiglu left = Activation::at(low(a[i]), low(b[i])), right = Activation::at(high(a[i]), high(b[i]));
-        const float d_left = row[2 * i], d_right = row[2 * i + 1];
-        partial += d_left * left.value;
-        partial += d_right * right.value;
-        const float w_left = weight * d_left, w_right = weight * d_right;
-        d_a[i] = pack(w_left * left.by_gate, w_right * right.by_gate);
-        d_b[i] = pack(w_left * left.by_up, w_right * right.by_up);
-        act[i] = pack(weight * left.value, weight * right.value);
+      for (int part = 0; part < 2; ++part) {
+        float row[4];
+        trade.get_sums(part, row);
+        const uint2 first = load_shared_pair(box + 8 * part);
+        const uint2 second = load_shared_pair(box + (inputs - 1) * input_bytes + 8 * part);
+        const uint32_t a[2] = {first.x, first.y}, b[2] = {second.x, second.y};
+        Swiglu f[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          f[i] = i % 2 == 0 ? Activation::at(low(a[i / 2]), low(b[i / 2])) : Activation::at(high(a[i / 2]), high(b[i / 2]));
+          partial += row[i] * f[i].value;
+          row[i] *= weight;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Swiglu &left = f[2 * i], &right = f[2 * i + 1];
+          d_a[2 * part + i] = pack(row[2 * i] * left.by_gate, row[2 * i + 1] * right.by_gate);
+          d_b[2 * part + i] = pack(row[2 * i] * left.by_up, row[2 * i + 1] * right.by_up);
+          act[2 * part + i] = pack(weight * left.value, weight * right.value);
+        }
+      }
+      trade.turn();
+      if (!one_row || in_block % 2 == 1) {
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty + 8 * ring.turn.stage);
+        ring.turn.next();
       }
       store(args.d_pre[0], window, mine, make_uint4(d_a[0], d_a[1], d_a[2], d_a[3]));
       if (inputs == 2) store(args.d_pre[1], window, mine, make_uint4(d_b[0], d_b[1], d_b[2], d_b[3]));
       if (args.act) store(args.act, window, mine, make_uint4(act[0], act[1], act[2], act[3]));
-      if constexpr (U::one_row(unit)) {
-        partials[U::fragment(unit, 0).block][U::fragment(unit, 0).half] += partial;
+      if constexpr (one_row) {
+        partials[in_block % 2] += partial;
       } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Fragment f = U::fragment(unit, i);
-          partials[f.block][f.half] += i == quad ? partial : 0.0f;
-        }
+        partials[0] += mine.half == 0 ? partial : 0.0f;
+        partials[1] += mine.half == 0 ? 0.0f : partial;
       }
     });
     if (!args.partial) return;
     // The lanes of a quad have summed different columns of the same rows.
 #pragma unroll
-    for (int row = 0; row < 2 * Blocks; ++row) {
-      float x = partials[row / 2][row % 2];
+    for (int half = 0; half < 2; ++half) {
+      float x = partials[half];
       x += __shfl_xor_sync(0xffffffffu, x, 1);
       x += __shfl_xor_sync(0xffffffffu, x, 2);
       // A cluster's second column tile may lie past the last one.
       if (quad == 0 && tile.col < args.cols) {
-        args.partial[static_cast<index_t>(tile.col_tile) * args.rows + window.row_of({row / 2, row % 2, 0})] = x;
+        args.partial[static_cast<index_t>(tile.col_tile) * args.rows + window.row_of({Block, half, 0})] = x;
       }
     }
   }

@@ -24,16 +24,21 @@ namespace fsmoe::grouped {
 using ptx::Major;
 using ptx::TensorMap;
 
+// What a block may have of shared memory, and is always launched with.
+constexpr int shared_bytes = 227 * 1024;
+
 // What each consumer warp has of shared memory for its epilogue: slots of 512 bytes (grouped_epilogue.cuh).
 constexpr int slots_per_warp = 3;
 constexpr int slot_bytes = 512;
 
 // What an epilogue reads comes through rings of its own, one per consumer, in boxes of 64 rows and 32 columns, loaded
-// while the tile's products are still summed. Read straight from memory, even prefetched to L2, a value takes some 3000
-// cycles behind what the copy engine has in flight for the other consumer.
+// while the tile's products are still summed. Read straight from memory, each read waits behind what the copy engine has
+// in flight for the other consumer: the backwards with an activation took 3 to 11% longer.
 constexpr int input_cols = 32;
 constexpr int input_bytes = 64 * input_cols * 2;
 constexpr int input_stages = 3;
+
+constexpr int barriers_bytes = 256;
 
 enum class Consumers { PingPong, Cooperative };
 
@@ -63,14 +68,15 @@ struct Shape {
   static_assert(b_box_bytes % 1024 == 0, "the swizzle repeats every 1024 bytes");
   static_assert(Weights == 1 || (Weights == 2 && B == Major::K), "two weights are the two halves of a K-major tile");
 
-  // A block has 227 KB of shared memory: as many stages as fit beside what the epilogue and the barriers take and what
+  // As many stages as fit beside what the epilogue and the barriers take and what
   // the swizzle's 1024-byte boundary may cost.
   static constexpr int slots_bytes = 8 * slots_per_warp * slot_bytes;
   static constexpr int inputs_bytes = 2 * input_stages * Inputs * input_bytes;
-  static constexpr int other_bytes = slots_bytes + inputs_bytes + 256 + 1024;
+  static constexpr int other_bytes = slots_bytes + inputs_bytes + barriers_bytes + 1024;
   static_assert(Inputs == 0 || ping_pong, "a consumer's inputs come in tiles of its own");
-  static constexpr int stages = (227 * 1024 - other_bytes) / stage_bytes;
-  static constexpr int shared_bytes = stages * stage_bytes + other_bytes;
+  static constexpr int stages = (shared_bytes - other_bytes) / stage_bytes;
+  // The rest holds the segments of this many experts.
+  static constexpr int experts = (shared_bytes - other_bytes - stages * stage_bytes) / 8 - 1;
 };
 
 constexpr int threads = 384;
@@ -101,9 +107,10 @@ struct Turn {
 };
 
 template <class Shape, class Tiles>
-__device__ __forceinline__ void produce(const Maps& maps, const typename Tiles::Args& tiles_args, int rank,
-                                        uint32_t stages, uint32_t full, uint32_t empty) {
-  Tiles tiles(tiles_args, rank);
+__device__ __forceinline__ void produce(const Maps& maps, const typename Tiles::Args& tiles_args,
+                                        const SegmentTable& segments, int rank, uint32_t stages, uint32_t full,
+                                        uint32_t empty) {
+  Tiles tiles(tiles_args, segments, rank);
   Turn<Shape::stages> turn;
   Tile tile;
   while (tiles.next(tile)) {
@@ -148,15 +155,13 @@ __device__ __forceinline__ void produce(const Maps& maps, const typename Tiles::
   }
 }
 
-// Box `number` of a tile: all groups of 32 columns of the upper rows, then of the lower ones, then what is left of either.
+// The boxes of a tile: all of its upper 64 rows, then all of its lower ones.
 template <int Cols>
 struct InputBoxes {
-  static constexpr int whole = Cols / input_cols;
-  static constexpr int count = 2 * (whole + (Cols % input_cols ? 1 : 0));
-  __device__ __forceinline__ static int row(int box) { return 64 * (box < 2 * whole ? box / whole : box - 2 * whole); }
-  __device__ __forceinline__ static int col(int box) {
-    return input_cols * (box < 2 * whole ? box % whole : whole);
-  }
+  static constexpr int across = (Cols + input_cols - 1) / input_cols;
+  static constexpr int count = 2 * across;
+  __device__ __forceinline__ static int row(int box) { return 64 * (box / across); }
+  __device__ __forceinline__ static int col(int box) { return input_cols * (box % across); }
 };
 
 // A consumer's ring of inputs.
@@ -166,10 +171,10 @@ struct InputRing {
 };
 
 template <class Shape, class Tiles>
-__device__ __forceinline__ void produce_inputs(const Maps& maps, const typename Tiles::Args& tiles_args, int consumer,
-                                               int rank, InputRing ring) {
+__device__ __forceinline__ void produce_inputs(const Maps& maps, const typename Tiles::Args& tiles_args,
+                                               const SegmentTable& segments, int consumer, int rank, InputRing ring) {
   using Boxes = InputBoxes<Shape::Cols>;
-  Tiles tiles(tiles_args, rank);
+  Tiles tiles(tiles_args, segments, rank);
   Tile tile;
   for (int number = 0; tiles.next(tile); ++number) {
     if ((number & 1) != consumer) continue;
@@ -198,11 +203,11 @@ __device__ __forceinline__ void settle(float (&sums)[Blocks][Count]) {
 }
 
 template <class Shape, class Tiles, class Epilogue>
-__device__ __forceinline__ void consume(const typename Tiles::Args& tiles_args, const typename Epilogue::Args& args,
-                                        int consumer, int rank, uint32_t stages, uint32_t full, uint32_t empty,
+__device__ __forceinline__ void consume(const typename Tiles::Args& tiles_args, const SegmentTable& segments,
+                                        const typename Epilogue::Args& args, int consumer, int rank, uint32_t stages, uint32_t full, uint32_t empty,
                                         uint32_t order, uint32_t slots, InputRing inputs) {
   const int lane = threadIdx.x % 32;
-  Tiles tiles(tiles_args, rank);
+  Tiles tiles(tiles_args, segments, rank);
   Turn<Shape::stages> turn;
   Tile tile;
   float sums[Shape::Blocks][Shape::Cols / 2];
@@ -220,6 +225,7 @@ __device__ __forceinline__ void consume(const typename Tiles::Args& tiles_args, 
       continue;
     }
     const int first_row = Shape::ping_pong ? 0 : 64 * consumer;
+    const auto early = Epilogue::template early<Shape::Blocks>(tile, first_row, args);
     // The first tile of the first consumer has none before it.
     if (Shape::ping_pong) ptx::mbarrier_wait(order + 8 * consumer, (number >> 1 & 1) ^ (consumer == 0 ? 1 : 0));
     const auto multiply = [&](auto blocks) {
@@ -261,7 +267,7 @@ __device__ __forceinline__ void consume(const typename Tiles::Args& tiles_args, 
       multiply(std::integral_constant<int, Shape::Blocks>{});
     }
     settle(sums);
-    Epilogue::run(sums, tile, first_row, slots, inputs, args);
+    Epilogue::run(sums, early, tile, first_row, slots, inputs, args);
   }
 }
 
@@ -286,6 +292,9 @@ __device__ __forceinline__ void gemm(const Maps& maps, const typename Tiles::Arg
   const int group = threadIdx.x / 128;
   const int rank = Shape::Cluster == 1 ? 0 : ptx::cluster_rank();
 
+  const SegmentTable segments(tiles_args.offsets, tiles_args.counts, tiles_args.experts, Shape::experts,
+                              full + barriers_bytes);
+  segments.fill(tiles_args.experts);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Shape::stages; ++stage) {
       ptx::mbarrier_init(full + 8 * stage, 1);
@@ -308,14 +317,14 @@ __device__ __forceinline__ void gemm(const Maps& maps, const typename Tiles::Arg
   if (group == 0) {
     ptx::give_registers<24>();
     if (threadIdx.x == 0) {
-      produce<Shape, Tiles>(maps, tiles_args, rank, stages, full, empty);
+      produce<Shape, Tiles>(maps, tiles_args, segments, rank, stages, full, empty);
     } else if (Shape::Inputs > 0 && (threadIdx.x == 32 || threadIdx.x == 64)) {
       const int consumer = threadIdx.x / 32 - 1;
-      produce_inputs<Shape, Tiles>(maps, tiles_args, consumer, rank, ring_of(consumer));
+      produce_inputs<Shape, Tiles>(maps, tiles_args, segments, consumer, rank, ring_of(consumer));
     }
   } else {
     ptx::take_registers<240>();
-    consume<Shape, Tiles, Epilogue>(tiles_args, args, group - 1, rank, stages, full, empty, order,
+    consume<Shape, Tiles, Epilogue>(tiles_args, segments, args, group - 1, rank, stages, full, empty, order,
                                       slots + (threadIdx.x / 32 - 4) * slots_per_warp * slot_bytes, ring_of(group - 1));
   }
   // A block must not leave while the other of its cluster still writes to its memory or arrives at its barriers.

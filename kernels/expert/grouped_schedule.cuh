@@ -47,6 +47,46 @@ __device__ __forceinline__ void locate(int unit, int rows, int cols, int group, 
   row = above + rest - col * here;
 }
 
+// The experts' segments as the blocks read them: from a copy in shared memory, unless there are too many. Straight from
+// memory every expert passed costs a wait, one after the other, behind what the copy engine has in flight: with 128 experts
+// a tenth of the consumers' time, and meanwhile the producer, who walks the same list, lets the ring run dry.
+class SegmentTable {
+ public:
+  __device__ __forceinline__ SegmentTable(const int* offsets, const int* counts, int experts, int room, uint32_t copy)
+      : offsets_(offsets), counts_(counts), counts_at_(copy + 4 * (experts + 1)), copy_(experts <= room ? copy : 0) {}
+
+  // By all threads of a block, before any reads.
+  __device__ __forceinline__ void fill(int experts) const {
+    if (copy_ == 0) return;
+    for (int i = threadIdx.x; i <= experts; i += blockDim.x) write(copy_ + 4 * i, offsets_[i]);
+    if (counts_ == nullptr) return;
+    for (int i = threadIdx.x; i < experts; i += blockDim.x) write(counts_at_ + 4 * i, counts_[i]);
+  }
+
+  __device__ __forceinline__ int begin(int expert) const {
+    return copy_ != 0 ? read(copy_ + 4 * expert) : __ldg(offsets_ + expert);
+  }
+  // The rows that are not filling, as far as that is known.
+  __device__ __forceinline__ int rows(int expert) const {
+    if (counts_ == nullptr) return begin(expert + 1) - begin(expert);
+    return copy_ != 0 ? read(counts_at_ + 4 * expert) : __ldg(counts_ + expert);
+  }
+
+ private:
+  __device__ __forceinline__ static void write(uint32_t at, int value) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+  }
+  __device__ __forceinline__ static int read(uint32_t at) {
+    int value;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(at));
+    return value;
+  }
+
+  const int* offsets_;
+  const int* counts_;
+  uint32_t counts_at_, copy_;
+};
+
 // ----------------------------------------------------------------------------
 // Tiles of D[rows, cols] with the experts' rows as rows: forward and data gradient.
 
@@ -68,19 +108,21 @@ class RowTiles {
  public:
   using Args = RowTilesArgs;
 
-  __device__ __forceinline__ RowTiles(const Args& args, int rank)
-      : args_(args), rank_(rank), unit_(blockIdx.x / Cluster), expert_(-1), first_(0), count_(0), row_(0), tiles_(0) {}
+  __device__ __forceinline__ RowTiles(const Args& args, const SegmentTable& segments, int rank)
+      : args_(args), segments_(segments), rank_(rank), unit_(blockIdx.x / Cluster), expert_(-1), row_(0), rows_(0),
+        tiles_(0) {}
 
   __device__ __forceinline__ bool next(Tile& tile) {
-    while (unit_ >= first_ + count_) {
-      first_ += count_;
+    // unit_ counts from the expert's first.
+    while (unit_ >= units()) {
+      unit_ -= units();
       if (++expert_ >= args_.experts) return false;
-      row_ = __ldg(args_.offsets + expert_);
-      tiles_ = (__ldg(args_.offsets + expert_ + 1) - row_) / tile_rows;
-      count_ = Cluster == 1 ? tiles_ * args_.cols : tiles_ / 2 * args_.cols + (tiles_ & 1) * ((args_.cols + 1) / 2);
+      row_ = segments_.begin(expert_);
+      rows_ = segments_.rows(expert_);
+      tiles_ = (segments_.begin(expert_ + 1) - row_) / tile_rows;
     }
     int row, col;
-    const int unit = unit_ - first_;
+    const int unit = unit_;
     if constexpr (Cluster == 1) {
       locate(unit, tiles_, args_.cols, 16, row, col);
       tile.shared = Shared::None;
@@ -98,7 +140,7 @@ class RowTiles {
       }
     }
     tile.row = row_ + row * tile_rows;
-    tile.half = args_.counts != nullptr && __ldg(args_.counts + expert_) - row * tile_rows <= tile_rows / 2;
+    tile.half = rows_ - row * tile_rows <= tile_rows / 2;
     tile.col = col * TileCols;
     tile.col_tile = col;
     tile.expert = expert_;
@@ -110,9 +152,15 @@ class RowTiles {
   }
 
  private:
+  __device__ __forceinline__ int units() const {
+    if constexpr (Cluster == 1) return tiles_ * args_.cols;
+    return tiles_ / 2 * args_.cols + (tiles_ & 1) * ((args_.cols + 1) / 2);
+  }
+
   const Args& args_;
+  const SegmentTable& segments_;
   int rank_;
-  int unit_, expert_, first_, count_, row_, tiles_;
+  int unit_, expert_, row_, rows_, tiles_;
 };
 
 // ----------------------------------------------------------------------------
@@ -135,8 +183,8 @@ class WeightTiles {
  public:
   using Args = WeightTilesArgs;
 
-  __device__ __forceinline__ WeightTiles(const Args& args, int rank)
-      : args_(args), rank_(rank), unit_(blockIdx.x / Cluster) {
+  __device__ __forceinline__ WeightTiles(const Args& args, const SegmentTable& segments, int rank)
+      : args_(args), segments_(segments), rank_(rank), unit_(blockIdx.x / Cluster) {
     paired_ = Cluster == 1 ? 0 : args.all_rows / 2 * args.cols;
     count_ = Cluster == 1 ? args.all_rows * args.cols : paired_ + (args.all_rows & 1) * ((args.cols + 1) / 2);
   }
@@ -163,9 +211,8 @@ class WeightTiles {
     tile.col = col * TileCols;
     tile.col_tile = col;
     tile.expert = expert;
-    tile.depth = __ldg(args_.offsets + expert);
-    const int rows = args_.counts != nullptr ? __ldg(args_.counts + expert) : __ldg(args_.offsets + expert + 1) - tile.depth;
-    tile.steps = (rows + tile_depth - 1) / tile_depth;
+    tile.depth = segments_.begin(expert);
+    tile.steps = (segments_.rows(expert) + tile_depth - 1) / tile_depth;
     tile.half = false;
     // An expert without rows has a gradient all the same: zeros, from one stage of them.
     if (tile.steps == 0) {
@@ -178,6 +225,7 @@ class WeightTiles {
 
  private:
   const Args& args_;
+  const SegmentTable& segments_;
   int rank_;
   int unit_, count_, paired_;
 };

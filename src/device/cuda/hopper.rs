@@ -29,6 +29,8 @@ const DEPTH: usize = 64;
 const THREADS: u32 = 384;
 /// Blocks of a cluster.
 const CLUSTER: u32 = 2;
+/// Dynamic shared memory: all that a block may have.
+const SHARED: u32 = 227 << 10;
 
 /// The shape that a kernel was compiled for: the numbers of `grouped_gemm.cuh`.
 #[derive(Clone, Copy)]
@@ -39,8 +41,6 @@ struct Compiled {
     weights: usize,
     /// Whether the second operand's own dimension is the contiguous one, not the one summed over.
     transposed: bool,
-    /// Matrices that the epilogue reads.
-    inputs: usize,
 }
 
 impl Compiled {
@@ -49,21 +49,11 @@ impl Compiled {
         self.cols / self.weights
     }
 
-    /// The dynamic shared memory: stages of the pipeline, slots and inputs of the epilogue, barriers, and what alignment
-    /// may cost.
-    fn shared(self) -> u32 {
-        const MOST: usize = 227 << 10;
-        let other = 8 * 3 * 512 + 2 * 3 * self.inputs * (64 * INPUT_COLS * size_of::<u16>()) + 256 + 1024;
-        let columns = if self.transposed { self.cols.next_multiple_of(64) } else { self.cols };
-        let stage = (ROW_TILE + columns) * DEPTH * size_of::<u16>();
-        ((MOST - other) / stage * stage + other) as u32
-    }
-
     /// Of the compiled widths the one that spends the least on `n` columns.
     fn choose(widths: &[Width], n: usize, weights: usize, transposed: bool) -> Self {
         let cost = |width: &&Width| n.div_ceil(width.cols / weights) * width.cost;
         let cols = widths.iter().min_by_key(cost).map_or(0, |width| width.cols);
-        Compiled { cols, weights, transposed, inputs: 0 }
+        Compiled { cols, weights, transposed }
     }
 }
 
@@ -223,11 +213,11 @@ fn map(t: &Tensor, [z, y, x]: [usize; 3], [rows, cols]: [usize; 2]) -> Result<sy
 }
 
 fn data_swiglu(hidden: usize) -> Compiled {
-    Compiled { inputs: 2, ..Compiled::choose(&DATA_SWIGLU, hidden, 1, true) }
+    Compiled::choose(&DATA_SWIGLU, hidden, 1, true)
 }
 
 fn data_gelu(hidden: usize) -> Compiled {
-    Compiled { inputs: 1, ..Compiled::choose(&DATA_GELU, hidden, 1, true) }
+    Compiled::choose(&DATA_GELU, hidden, 1, true)
 }
 
 fn width_of(t: Option<&Tensor>) -> usize {
@@ -513,7 +503,7 @@ impl Cuda {
         let multiprocessors = self.modules().multiprocessors() as usize;
         let cost = |w: &&Width| (g.e * tiles * pairs.len() * g.k.div_ceil(w.cols)).div_ceil(multiprocessors) * w.cost;
         let cols = WEIGHT.iter().min_by_key(cost).map_or(0, |w| w.cols);
-        let compiled = Compiled { cols, weights: 1, transposed: true, inputs: 0 };
+        let compiled = Compiled { cols, weights: 1, transposed: true };
         let blank = rows_map(x)?;
         let mut maps = Maps { a: [blank; 2], b: [blank; 2], inputs: [blank; 2] };
         for (map, dy) in maps.a.iter_mut().zip(&dys) {
@@ -661,7 +651,7 @@ impl Problem {
     ) -> Result<()> {
         let function = cuda.modules().function(&format!("{op}_bf16_{}", compiled.cols))?;
         let grid = (cuda.modules().multiprocessors() / CLUSTER * CLUSTER).max(CLUSTER);
-        let launch = Launch { grid: (grid, 1, 1), block: (THREADS, 1, 1), shared: compiled.shared() };
+        let launch = Launch { grid: (grid, 1, 1), block: (THREADS, 1, 1), shared: SHARED };
         let mut pointers: [*mut c_void; 3] =
             [(&raw mut maps).cast(), (&raw mut schedule).cast(), (&raw mut args).cast()];
         // SAFETY: the kernels' three parameters, of these layouts; the tensors' shapes were checked, and their memory is

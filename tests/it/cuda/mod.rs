@@ -12,6 +12,7 @@ mod bandwidth;
 mod expert;
 mod gate;
 mod graph;
+mod hopper;
 mod math;
 mod memory;
 mod model;
