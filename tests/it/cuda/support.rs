@@ -159,7 +159,7 @@ pub(super) fn assert_close(what: &str, got: &Tensor, right: &Tensor, tolerance: 
     }
     let (got, right) = (wide(got), wide(right));
     // What all but vanishes, the difference of larger values, has their rounding.
-    let largest = right.iter().fold(1e-3_f64, |most, v| most.max(v.abs()));
+    let largest = right.iter().fold(0.05_f64, |most, v| most.max(v.abs()));
     for (at, (got, right)) in got.iter().zip(&right).enumerate() {
         let error = (got - right).abs() / largest;
         assert!(

@@ -21,6 +21,7 @@ fn run(out: &Path, preset: &str, device: DeviceChoice, dtype: DType) -> Summary 
         steps: Some(STEPS),
         batch: Some(4),
         seq: Some(64),
+        lr: Some(5e-4),
         accumulate: Some(2),
         eval_windows: Some(4),
         ..Settings::default()
@@ -55,6 +56,7 @@ fn cuda_training_takes_the_cpus_course() {
         assert!(wide == again, "{preset}: two runs differ");
         let (exact, rough) = (worst(&wide, &cpu), worst(&narrow, &cpu));
         assert!(exact < 1e-3, "{preset} in f32: off by {exact:.1e}\n{wide:?}\n{cpu:?}");
+        // A rate at which the loss falls all the way: where it jumps, rounding decides how far.
         assert!(rough < 2e-2, "{preset} in bf16: off by {rough:.1e}\n{narrow:?}\n{cpu:?}");
         let device = summary.device.unwrap();
         assert!(device.device.contains("cuda:0") && device.peak_memory_bytes > 0 && device.share_of_ceiling > 0.0);
