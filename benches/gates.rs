@@ -65,6 +65,7 @@ fn gates(c: &mut Criterion) -> Result<()> {
             capacity: config.capacity,
             exact_capacity: true,
             step: STEP,
+            ranks: None,
         };
         let (routing, _) = gate.forward(&cx, &x)?;
         let grad = gradient(&lane, &routing);

@@ -33,7 +33,14 @@ fn orders(c: &mut Criterion) -> Result<()> {
     let config = MoeConfig { experts: EXPERTS, top_k: TOP_K, hidden: HIDDEN, ..MoeConfig::default() };
     let gate = gate::build(&Init::new(&lane, DType::F32, 3), &config)?;
     let x = normal(&lane, 1, [TOKENS, HIDDEN]);
-    let cx = GateContext { lane: &lane, groups: 1, capacity: Capacity::Dropless, exact_capacity: true, step: STEP };
+    let cx = GateContext {
+        lane: &lane,
+        groups: 1,
+        capacity: Capacity::Dropless,
+        exact_capacity: true,
+        step: STEP,
+        ranks: None,
+    };
     let (routing, _) = gate.forward(&cx, &x)?;
     let (dx, dy) = (normal(&lane, 2, [TOKENS, HIDDEN]), normal(&lane, 3, [TOKENS, HIDDEN]));
 

@@ -18,14 +18,15 @@
 //! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |
 //! | [`train`] | data, optimizer, the loop, checkpoints of a run, and its folder |
 //! | [`bench`](mod@bench) | the layer and every operation timed beside what the device can do at most; somebody's kernel checked and timed in ours' place |
-//! | [`report`] | tables, bars, and the loss curve as SVG |
+//! | [`report`] | tables, bars, loss curves, timelines in the terminal, as SVG and for Perfetto |
 //! | [`rng`], [`fsio`] | counter-based random numbers; files that appear whole or not at all |
 //!
 //! Beside `src/`: `kernels/`, CUDA C++, a folder per family and a file per operation, its backward beside its forward
 //! (`common/` has what they share); `build.rs` and `build/`, which compile them into one embedded fat binary; `src/main.rs`
 //! and `src/cli/`, the command, one file per subcommand; `tests/it/`, the integration tests, and `tests/golden/`, values
 //! of independent implementations with the scripts that made them; `benches/`; `examples/`, modules written outside the
-//! crate; `docs/`, the reasoning and the figures; `scripts/`, the pinned CUDA compiler and the package for GPU hosts.
+//! crate; `profiles/`, measured costs of clusters; `docs/`, the reasoning and the figures; `scripts/`, the pinned CUDA
+//! compiler and the package for GPU hosts.
 //!
 //! # A layer by hand
 //!

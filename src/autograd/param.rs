@@ -5,8 +5,8 @@ use crate::error::{Result, shape_err};
 use crate::rng::{Counter, Purpose};
 use crate::tensor::{DType, Shape, Tensor};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// The ranks over which a parameter's gradient is summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,6 +28,8 @@ struct Inner {
     grad: Tensor,
     /// The gradient is zero by decree: its memory holds anything, and whoever writes first need not add.
     fresh: AtomicBool,
+    /// Where the gradient lies once it has been placed.
+    placed: OnceLock<Tensor>,
     group: ReduceGroup,
     decay: bool,
 }
@@ -42,7 +44,8 @@ impl Parameter {
             shape_err!("a parameter is a contiguous float tensor, not {value:?}");
         }
         let (grad, fresh) = (lane.empty(*value.shape(), value.dtype())?, AtomicBool::new(true));
-        Ok(Parameter(Arc::new(Inner { name: name.into(), value, lane: lane.clone(), grad, fresh, group, decay })))
+        let (name, lane, placed) = (name.into(), lane.clone(), OnceLock::new());
+        Ok(Parameter(Arc::new(Inner { name, value, lane, grad, fresh, placed, group, decay })))
     }
 
     /// Its name, unique in a model, as checkpoints have it.
@@ -69,7 +72,24 @@ impl Parameter {
     /// [`Parameter::zero_grad`], which saves a pass over memory, then 1.
     pub fn grad_to_write(&self) -> (&Tensor, f64) {
         let fresh = self.0.fresh.swap(false, Ordering::Relaxed);
-        (&self.0.grad, if fresh { 0.0 } else { 1.0 })
+        (self.0.placed.get().unwrap_or(&self.0.grad), if fresh { 0.0 } else { 1.0 })
+    }
+
+    /// Has the gradient lie in `place` from now on, a part of a buffer that is reduced as a whole; it is what the place
+    /// holds. Whoever owns the buffer sets it to zero.
+    ///
+    /// # Errors
+    /// If the place is not contiguous, of another shape or dtype, or the gradient has been placed before.
+    pub fn place_grad(&self, place: Tensor) -> Result<()> {
+        let grad = &self.0.grad;
+        if place.shape() != grad.shape() || place.dtype() != grad.dtype() || !place.is_contiguous() {
+            shape_err!("a place {place:?} for the gradient of {self:?}: contiguous, of the same shape and dtype");
+        }
+        if self.0.placed.set(place).is_err() {
+            shape_err!("the gradient of {self:?} has its place already");
+        }
+        self.0.fresh.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The ranks its gradient is summed over.

@@ -29,7 +29,7 @@ impl Args {
             Some(path) => self.settings.or(Settings::read(path)?),
             None => self.settings,
         };
-        let json = self.json.then(|| Box::new(std::io::stdout()) as Box<dyn std::io::Write>);
+        let json = self.json.then(|| Box::new(std::io::stdout()) as Box<dyn std::io::Write + Send>);
         let summary = train(Request { settings, resume: self.resume, json })?;
         if self.json {
             eprint!("{summary}");

@@ -228,7 +228,7 @@ impl<Op: Display> Run<'_, Op> {
 }
 
 /// Calls `f`; a panic becomes an error.
-fn caught(f: impl FnOnce() -> Result<()>) -> Result<()> {
+pub(crate) fn caught(f: impl FnOnce() -> Result<()>) -> Result<()> {
     // Whoever shares state with a task sees its error and gives up the run.
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| Err(Error::Panicked(message(&*panic))))
 }

@@ -21,6 +21,7 @@ mod simulate;
 mod timeline;
 
 pub use cancel::Cancel;
+pub(crate) use cpu::caught;
 pub use cpu::{CpuLanes, Pending};
 pub use graph::{TaskGraph, TaskId};
 pub use issue::{Issued, Streams, issue};

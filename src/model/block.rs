@@ -7,8 +7,10 @@ use super::norm::Norm;
 use crate::autograd::{Init, Parameter, Tape, Var};
 use crate::device::Lane;
 use crate::error::Result;
-use crate::moe::{MoeLayer, Routing, StepContext};
+use crate::moe::distributed::{DistributedMoe, Parallel};
+use crate::moe::{MoeLayer, MoeOutput, Routing, StepContext};
 use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
 
 /// A transformer block, pre-norm.
 pub struct Block {
@@ -20,7 +22,67 @@ pub struct Block {
 
 enum FeedForward {
     Dense(Ffn),
-    Moe { layer: MoeLayer, shared: Option<Ffn> },
+    Moe { layer: Moe, shared: Option<Ffn> },
+}
+
+/// A block's MoE layer.
+pub enum Moe {
+    /// On one rank.
+    Single(MoeLayer),
+    /// One rank's part of a layer over several.
+    Ranks(DistributedMoe),
+}
+
+impl Moe {
+    /// Its parameters: the gate's, then the experts', of the latter this rank's part.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        match self {
+            Moe::Single(layer) => layer.parameters(),
+            Moe::Ranks(layer) => layer.parameters(),
+        }
+    }
+
+    /// State without gradient that checkpoints keep, by name.
+    pub fn buffers(&self) -> Vec<(String, Tensor)> {
+        match self {
+            Moe::Single(layer) => layer.buffers(),
+            Moe::Ranks(layer) => layer.buffers(),
+        }
+    }
+
+    /// As [`MoeLayer::sees_other_tokens`].
+    pub fn sees_other_tokens(&self) -> bool {
+        match self {
+            Moe::Single(layer) => layer.sees_other_tokens(),
+            Moe::Ranks(layer) => layer.sees_other_tokens(),
+        }
+    }
+
+    /// As [`MoeLayer::after_step`].
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn after_step(&self, lane: &Lane) -> Result<()> {
+        match self {
+            Moe::Single(layer) => layer.after_step(lane),
+            Moe::Ranks(layer) => layer.after_step(lane),
+        }
+    }
+
+    /// The part on this rank of a layer over several; none of a layer on one.
+    pub fn ranks(&self) -> Option<&DistributedMoe> {
+        match self {
+            Moe::Single(_) => None,
+            Moe::Ranks(layer) => Some(layer),
+        }
+    }
+
+    fn forward(&self, tape: &Tape, x: &Var, step: StepContext) -> Result<MoeOutput> {
+        match self {
+            Moe::Single(layer) => layer.forward(tape, x, step),
+            Moe::Ranks(layer) => layer.forward(tape, x, step),
+        }
+    }
 }
 
 /// What a block gives.
@@ -39,6 +101,19 @@ impl Block {
     /// # Errors
     /// If the settings break a rule, or the device has no memory left.
     pub fn new(init: &Init, config: &ModelConfig, layer: usize) -> Result<Self> {
+        Self::on(init, config, layer, None)
+    }
+
+    /// [`Block::new`] with the MoE layer over the ranks of a world; everything else each rank has for itself.
+    ///
+    /// # Errors
+    /// As [`Block::new`], and if the layer does not fit the world.
+    pub(super) fn on(
+        init: &Init,
+        config: &ModelConfig,
+        layer: usize,
+        parallel: Option<&Arc<Parallel>>,
+    ) -> Result<Self> {
         config.validate()?;
         let (attention_norm, attention, ffn_norm, moe) = match config.arch {
             Arch::Gpt2 => ("ln_1", "attn", "ln_2", "moe"),
@@ -48,7 +123,10 @@ impl Block {
             let init = init.child(moe);
             let width = config.shared_experts * config.ffn;
             FeedForward::Moe {
-                layer: MoeLayer::new(&init, &config.moe_layer())?,
+                layer: match parallel {
+                    None => Moe::Single(MoeLayer::new(&init, &config.moe_layer())?),
+                    Some(parallel) => Moe::Ranks(DistributedMoe::new(&init, &config.moe_layer(), parallel)?),
+                },
                 shared: (width > 0).then(|| Ffn::new(&init.child("shared_expert"), config, width)).transpose()?,
             }
         } else {
@@ -60,6 +138,16 @@ impl Block {
             ffn_norm: Norm::new(&init.child(ffn_norm), config)?,
             feed_forward,
         })
+    }
+
+    /// Its parameters but for the MoE layer's gate and experts, in the order of the computation.
+    pub fn dense_parameters(&self) -> Vec<Parameter> {
+        let feed_forward = match &self.feed_forward {
+            FeedForward::Dense(ffn) => ffn.parameters(),
+            FeedForward::Moe { shared, .. } => shared.as_ref().map_or(Vec::new(), Ffn::parameters),
+        };
+        let norms = (self.attention_norm.parameters(), self.ffn_norm.parameters());
+        [norms.0, self.attention.parameters(), norms.1, feed_forward].concat()
     }
 
     /// Its parameters, in the order of the computation.
@@ -77,11 +165,11 @@ impl Block {
 
     /// State without gradient that checkpoints keep, by name.
     pub fn buffers(&self) -> Vec<(String, Tensor)> {
-        self.moe().map_or(Vec::new(), MoeLayer::buffers)
+        self.moe().map_or(Vec::new(), Moe::buffers)
     }
 
     /// Its MoE layer; none where the FFN is dense.
-    pub fn moe(&self) -> Option<&MoeLayer> {
+    pub fn moe(&self) -> Option<&Moe> {
         match &self.feed_forward {
             FeedForward::Dense(_) => None,
             FeedForward::Moe { layer, .. } => Some(layer),

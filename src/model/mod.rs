@@ -11,7 +11,7 @@ mod sample;
 mod transformer;
 mod workload;
 
-pub use block::{Block, BlockOutput};
+pub use block::{Block, BlockOutput, Moe};
 pub use config::{Arch, ModelConfig};
 pub use presets::{PRESETS, preset};
 pub use sample::{Sampling, generate};

@@ -7,8 +7,10 @@ use super::norm::Norm;
 use crate::autograd::{Init, Parameter, ReduceGroup, Tape, Var};
 use crate::device::Lane;
 use crate::error::{Result, shape_err};
+use crate::moe::distributed::Parallel;
 use crate::moe::{Routing, StepContext};
 use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
 
 /// A causal language model with MoE layers.
 pub struct Transformer {
@@ -59,6 +61,19 @@ impl Transformer {
     /// # Errors
     /// If the settings break a rule, or the device has no memory left.
     pub fn new(init: &Init, config: &ModelConfig) -> Result<Self> {
+        Self::on(init, config, None)
+    }
+
+    /// One rank's part of a model whose MoE layers are over the ranks of a world; everything else each rank has for itself.
+    /// Weights are those that one rank alone would have, names as well.
+    ///
+    /// # Errors
+    /// As [`Transformer::new`], and if an MoE layer does not fit the world.
+    pub fn on_ranks(init: &Init, config: &ModelConfig, parallel: &Arc<Parallel>) -> Result<Self> {
+        Self::on(init, config, Some(parallel))
+    }
+
+    fn on(init: &Init, config: &ModelConfig, parallel: Option<&Arc<Parallel>>) -> Result<Self> {
         config.validate()?;
         let (body, tokens, positions, blocks, norm) = match config.arch {
             Arch::Gpt2 => ("transformer", "wte.weight", Some("wpe.weight"), "h", "ln_f"),
@@ -70,7 +85,9 @@ impl Transformer {
         Ok(Transformer {
             tokens: table(&inner, tokens, config.vocab)?,
             positions: positions.map(|name| table(&inner, name, config.max_seq)).transpose()?,
-            blocks: (0..config.layers).map(|i| Block::new(&by_layer.child(i), config, i)).collect::<Result<_>>()?,
+            blocks: (0..config.layers)
+                .map(|i| Block::on(&by_layer.child(i), config, i, parallel))
+                .collect::<Result<_>>()?,
             norm: Norm::new(&inner.child(norm), config)?,
             head: (!config.tie_embeddings).then(|| table(init, "lm_head.weight", config.vocab)).transpose()?,
             config: config.clone(),
@@ -99,6 +116,14 @@ impl Transformer {
         all.extend(self.norm.parameters());
         all.extend(self.head.clone());
         all
+    }
+
+    /// The parameters before the blocks, embeddings, and those after them: the last norm, the output projection where it is
+    /// not the embedding.
+    pub fn outer_parameters(&self) -> (Vec<Parameter>, Vec<Parameter>) {
+        let mut last = self.norm.parameters();
+        last.extend(self.head.clone());
+        (std::iter::once(&self.tokens).chain(&self.positions).cloned().collect(), last)
     }
 
     /// State without gradient that checkpoints keep (selection biases), by name.

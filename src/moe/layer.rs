@@ -323,7 +323,7 @@ impl Inner {
         // looks at other tokens in any case has a fixed number of rows.
         let dropless = !step.train && !self.gate.sees_other_tokens();
         let capacity = if dropless { Capacity::Dropless } else { self.config.capacity };
-        GateContext { lane, groups: self.config.groups, capacity, exact_capacity: self.order.pads(), step }
+        GateContext { lane, groups: self.config.groups, capacity, exact_capacity: self.order.pads(), step, ranks: None }
     }
 
     fn forward(&self, lane: &Lane, x: &Tensor, step: StepContext) -> Result<(Tensor, Run)> {
@@ -443,7 +443,7 @@ impl Inner {
 }
 
 /// A routing's gradients where y has none.
-fn no_gradient(lane: &Lane, assignment: &Assignment) -> Result<(Tensor, Option<Tensor>)> {
+pub(super) fn no_gradient(lane: &Lane, assignment: &Assignment) -> Result<(Tensor, Option<Tensor>)> {
     let zeros = |t: &Tensor| lane.zeros(*t.shape(), t.dtype());
     Ok(match assignment {
         Assignment::TokenChoice { weights, .. } | Assignment::ExpertChoice { weights, .. } => (zeros(weights)?, None),
@@ -451,14 +451,19 @@ fn no_gradient(lane: &Lane, assignment: &Assignment) -> Result<(Tensor, Option<T
     })
 }
 
-fn hook_forward(hook: &Option<Box<dyn Hook>>, lane: &Lane, t: &Tensor) -> Result<(Tensor, Option<Saved>)> {
+pub(super) fn hook_forward(hook: &Option<Box<dyn Hook>>, lane: &Lane, t: &Tensor) -> Result<(Tensor, Option<Saved>)> {
     match hook {
         None => Ok((t.clone(), None)),
         Some(hook) => hook.forward(lane, t).map(|(t, saved)| (t, Some(saved))),
     }
 }
 
-fn hook_backward(hook: &Option<Box<dyn Hook>>, lane: &Lane, saved: &Option<Saved>, d: Tensor) -> Result<Tensor> {
+pub(super) fn hook_backward(
+    hook: &Option<Box<dyn Hook>>,
+    lane: &Lane,
+    saved: &Option<Saved>,
+    d: Tensor,
+) -> Result<Tensor> {
     match (hook, saved) {
         (Some(hook), Some(saved)) => hook.backward(lane, saved, &d),
         _ => Ok(d),

@@ -4,6 +4,7 @@
 //! work on tensors, on a lane; parameters' gradients are added to in place. What a forward keeps for its backward it
 //! returns as [`Saved`].
 
+pub mod distributed;
 pub mod expert;
 pub mod gate;
 mod hooks;
@@ -16,6 +17,7 @@ pub use layer::{MoeConfig, MoeLayer, MoeOutput};
 pub use routing::{Assignment, Capacity, Routing, RoutingGrad, RoutingStats, RoutingTally};
 
 use crate::autograd::Parameter;
+use crate::comm::Communicator;
 use crate::device::{Lane, RowWeights, Segments};
 use crate::error::{Error, Result, config_err};
 use crate::tensor::{DType, Tensor};
@@ -60,6 +62,9 @@ pub struct GateContext<'a> {
     pub exact_capacity: bool,
     /// The step.
     pub step: StepContext,
+    /// The ranks whose tokens the statistics behind balance loss and selection biases are taken over, each with as many
+    /// tokens and groups as this one; none where this rank's are all there are. Their collectives are issued on `lane`.
+    pub ranks: Option<&'a dyn Communicator>,
 }
 
 /// Decides which expert takes which token.
@@ -121,6 +126,7 @@ pub struct Rows {
 
 /// How rows are divided among experts.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a layer has one")]
 pub enum RowSplit {
     /// As many for every expert: the padded layout (E, S, M).
     Even {

@@ -11,8 +11,8 @@ const TITLE: f64 = 30.0;
 const AXIS: f64 = 26.0;
 const LEGEND: f64 = 30.0;
 
-/// Colours of kinds of tasks, in the order in which kinds turn up; the first eight of Okabe and Ito's, which are told apart
-/// with any eyes, and greys.
+/// Colours of kinds of tasks, in the order in which kinds turn up: seven of Okabe and Ito's, which are told apart with any
+/// eyes, and a grey.
 const COLOURS: [&str; 8] = ["#56b4e9", "#009e73", "#e69f00", "#f0e442", "#cc79a7", "#0072b2", "#d55e00", "#b8bcc6"];
 
 /// Timelines under each other, to one scale, lanes as rows; a task's colour is that of its kind, the letters its name begins

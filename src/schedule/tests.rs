@@ -1,7 +1,7 @@
 use super::policy::{DeepSpeed, FsMoe, NoIio, PipeMoeLina, Tutel};
 use super::*;
 use crate::device::LaneKind::{self, Compute, InterNode, IntraNode};
-use crate::engine::{LANES, Simulator, TaskGraph};
+use crate::engine::{Cancel, CpuLanes, LANES, Simulator, TaskGraph};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -500,4 +500,21 @@ fn names_and_lanes_of_policies() {
         &LayerPass { block: 0, pass: Pass::Forward, degree: Degree::all_first(2), after: None, slices: &[] },
     );
     assert_eq!(LANES.map(|lane| graph.as_ref().unwrap().on_lane(lane).len()), [2, 0, 8]);
+}
+
+/// What has been planned is what is run: every policy's graph on threads, in its order; and with every task's cost waited
+/// for, in no less than the time that was predicted.
+#[test]
+fn plans_run_on_threads() {
+    let model = model(2, 256, 1024, 2, 2);
+    let lanes = CpuLanes::new("rank 0").unwrap();
+    for policy in policy::all() {
+        let plan = Planner::new().plan(&*policy, &model).unwrap();
+        let graph = step_graph(&*policy, &model, &plan).unwrap();
+        lanes.run(&graph, &Cancel::new(), |_, _| Ok(())).unwrap().check(&graph, 0.0).unwrap();
+        let cost = |op: &LayerOp| model.seconds(op);
+        let (timeline, _) = lanes.emulate(&graph, &Cancel::new(), cost, |_, _| Ok(())).unwrap();
+        timeline.check(&graph, 0.0).unwrap();
+        assert!(timeline.makespan() >= plan.seconds, "{}: {} s", policy.name(), timeline.makespan());
+    }
 }

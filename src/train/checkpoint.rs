@@ -34,20 +34,32 @@ pub struct RunState {
 /// The version of the layout written here.
 pub const FORMAT: u32 = 1;
 
-/// Writes `dir/step-NNNNNN` and removes the oldest checkpoints beyond `keep_last`. Returns the new folder.
+/// Writes `dir/step-NNNNNN` and removes the oldest checkpoints beyond `keep_last`. Returns the new folder. Of several ranks
+/// all take part, and the one that is given a folder writes what all of them hold.
 ///
 /// Checkpoints of later steps are removed as well: the run has gone back, and they belong to a course it has left.
 ///
 /// # Errors
 /// If a parameter is not finite, or a file cannot be written; checkpoints that were there before are then whole.
-pub fn save(dir: &Path, lane: &Lane, trainer: &Trainer, state: &RunState, keep_last: usize) -> Result<PathBuf> {
+pub fn save(
+    dir: Option<&Path>,
+    lane: &Lane,
+    trainer: &Trainer,
+    state: &RunState,
+    keep_last: usize,
+) -> Result<Option<PathBuf>> {
     trainer.check_finite()?;
-    std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+    let model = trainer.whole(weights::named(trainer.model()))?;
+    let optimizer = trainer.whole(optimizer(trainer))?;
+    let Some(dir) = dir else {
+        trainer.barrier()?;
+        return Ok(None);
+    };
     let path = dir.join(format!("step-{:06}", state.step));
+    std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     fsio::atomic_dir(&path, |tmp| {
-        weights::write(tmp, lane, trainer.model())?;
-        let tensors = trainer.optimizer().state().into_iter().chain(buffers(trainer));
-        weights::write_tensors(&tmp.join(OPTIMIZER), lane, tensors.collect())?;
+        weights::write_as(tmp, lane, trainer.model().config(), trainer.model().dtype(), model)?;
+        weights::write_tensors(&tmp.join(OPTIMIZER), lane, optimizer)?;
         let text = serde_json::to_string_pretty(state).map_err(|e| Error::Config(format!("run state: {e}")))?;
         let file = tmp.join(STATE);
         fsio::atomic_write(&file, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io(&file, e)))
@@ -58,11 +70,14 @@ pub fn save(dir: &Path, lane: &Lane, trainer: &Trainer, state: &RunState, keep_l
     for gone in kept.drain(..old).chain(later) {
         std::fs::remove_dir_all(&gone).map_err(|e| Error::io(&gone, e))?;
     }
-    Ok(path)
+    trainer.barrier()?;
+    Ok(Some(path))
 }
 
-fn buffers(trainer: &Trainer) -> impl Iterator<Item = (String, Tensor)> {
-    trainer.model().buffers().into_iter().map(|(name, t)| (format!("buffer.{name}"), t))
+/// What goes into the optimizer's file.
+fn optimizer(trainer: &Trainer) -> Vec<(String, Tensor)> {
+    let buffers = trainer.model().buffers().into_iter().map(|(name, t)| (format!("buffer.{name}"), t));
+    trainer.optimizer().state().into_iter().chain(buffers).collect()
 }
 
 /// The checkpoints below `dir`, oldest first.
@@ -123,12 +138,12 @@ pub fn read_state(dir: &Path) -> Result<RunState> {
 /// If a file is missing, damaged, or of another model.
 pub fn restore(dir: &Path, lane: &Lane, trainer: &mut Trainer) -> Result<RunState> {
     let state = read_state(dir)?;
-    let path = dir.join(OPTIMIZER);
-    let targets: Vec<(String, Tensor)> = trainer.optimizer().state().into_iter().chain(buffers(trainer)).collect();
-    let optimizer = weights::TensorFile::open(&path)?;
-    optimizer.check(&targets)?;
-    weights::load_into(dir, lane, trainer.model())?;
-    optimizer.read_into(lane, &targets)?;
+    let file = weights::TensorFile::open(&dir.join(OPTIMIZER))?;
+    trainer.load(optimizer(trainer), |targets| {
+        file.check(&targets)?;
+        trainer.load(weights::named(trainer.model()), |targets| weights::load_named(dir, lane, targets))?;
+        file.read_into(lane, &targets)
+    })?;
     trainer.set_steps_done(state.step);
     Ok(state)
 }

@@ -1,5 +1,7 @@
 //! A run's settings: flags, a TOML file with the same names, defaults.
 
+use super::world::{CommKind, WorldConfig};
+use crate::comm::AllToAllKind;
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result, config_err};
 use crate::model::{self, ModelConfig};
@@ -125,6 +127,28 @@ settings! {
     dtype: DType,
     /// Where to run: cpu, cuda, cuda:N (GPU number N), or auto: a GPU if one works, else the CPU (auto)
     device: DeviceChoice,
+    /// Ranks (1)
+    ranks: usize,
+    /// Nodes that the ranks are on, with as many on each (1)
+    nodes: usize,
+    /// Data-parallel ranks: has to be the ranks over --mp
+    dp: usize,
+    /// Ranks that have the same tokens and share an MoE layer's work on them (1)
+    mp: usize,
+    /// Ranks that the experts are divided among (as many as the ranks over --esp and the experts allow)
+    ep: usize,
+    /// Ranks that each expert's width is divided among (1)
+    esp: usize,
+    /// All-to-all: direct (the default), 1dh or 2dh
+    a2a: AllToAllKind,
+    /// Schedule: deepspeed, tutel, tutel-improved, pipemoe-lina, no-iio or fsmoe (the default)
+    schedule: String,
+    /// Costs that schedules are planned by: fsmoe-paper, or a TOML file; without it, nominal costs
+    profile: String,
+    /// How ranks talk: local, threads of this process
+    comm: CommKind,
+    /// Seconds that a rank waits for the others (600)
+    comm_timeout: u64,
     /// Folder for the run; by default runs/PRESET-DATE-TIME
     #[arg(value_name = "DIR")]
     out: PathBuf,
@@ -151,7 +175,8 @@ impl Settings {
     /// Where the run will be: what `device` says, and the CPU if it says nothing and the type is one that only the CPU has.
     pub fn place(&self) -> Place {
         match self.device.unwrap_or_default() {
-            DeviceChoice::Auto if self.dtype == Some(DType::F64) => Place::Cpu,
+            // What only the CPU does.
+            DeviceChoice::Auto if self.dtype == Some(DType::F64) || self.ranks.unwrap_or(1) > 1 => Place::Cpu,
             device => device.place(),
         }
     }
@@ -169,8 +194,18 @@ impl Settings {
     /// # Errors
     /// Names the first value that breaks a rule, and the rule.
     pub fn resolve_on(&self, place: Place) -> Result<(TrainConfig, ModelConfig)> {
-        let train = self.train(place)?;
         let model = self.model()?;
+        let train = TrainConfig { world: WorldConfig::of(self, &model)?, ..self.train(place)? };
+        if train.world.sizes.ranks > 1 && place != Place::Cpu {
+            config_err!(
+                "--ranks {} on {place}: ranks share the work on the CPU; or --device cpu",
+                train.world.sizes.ranks
+            );
+        }
+        let dp = train.world.sizes.dp;
+        if !train.batch.is_multiple_of(dp) {
+            config_err!("--batch {} with --dp {dp}: each data-parallel rank has as many sequences", train.batch);
+        }
         if train.seq > model.max_seq {
             config_err!("--seq {}: {}'s positions end at {}", train.seq, train.preset, model.max_seq);
         }
@@ -201,6 +236,7 @@ impl Settings {
             save_every: self.save_every.unwrap_or(d.save_every),
             keep_last: self.keep_last.unwrap_or(d.keep_last),
             dtype: self.dtype.unwrap_or(if place == Place::Cpu { d.dtype } else { DType::BF16 }),
+            world: d.world,
         };
         if config.dtype == DType::F64 && place != Place::Cpu {
             config_err!("--dtype f64 on {place}: a GPU's operations take f32, bf16 and f16; or --device cpu");
@@ -297,6 +333,8 @@ pub struct TrainConfig {
     pub keep_last: usize,
     /// Type of parameters and activations.
     pub dtype: DType,
+    /// The ranks that share the work.
+    pub world: WorldConfig,
 }
 
 impl Default for TrainConfig {
@@ -323,6 +361,7 @@ impl Default for TrainConfig {
             save_every: 100,
             keep_last: 2,
             dtype: DType::F32,
+            world: WorldConfig::default(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! AdamW over a model's parameters, with gradient clipping by global norm and a warm-up and cosine schedule.
 
-use crate::autograd::Parameter;
+use crate::autograd::{Parameter, ReduceGroup};
 use crate::device::{AdamW, AdamWItem, Lane};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
@@ -53,6 +53,9 @@ pub struct Optimizer {
     scalars: Tensor,
 }
 
+/// Makes of the sum of squares, (1) acc, of one rank's experts' gradients that of all ranks'.
+pub type SumOverExperts<'a> = &'a dyn Fn(&Tensor) -> Result<()>;
+
 struct State {
     param: Parameter,
     /// The weights that are updated; the parameter's own value where that has the accumulation type.
@@ -98,24 +101,39 @@ impl Optimizer {
     /// # Errors
     /// If the device fails, and [`Error::Numeric`] naming the parameter if a gradient is not finite.
     pub fn measure(&self, grad_scale: f64) -> Result<f64> {
-        let norm = self.lane.scalar(self.clip(grad_scale, None)?)?;
+        let norm = self.lane.scalar(self.clip(grad_scale, None, None)?)?;
         if norm.is_finite() { Ok(norm) } else { Err(self.blame()) }
     }
 
     /// [`Optimizer::measure`] without waiting for the device: returns the norm where it will be, (1) acc. Where it, or one
-    /// of `losses`, is not finite, [`Optimizer::step`] will change nothing.
+    /// of `losses`, is not finite, [`Optimizer::step`] will change nothing. Where the experts' parameters are those of one
+    /// rank, `all_experts` makes of the sum of squares of their gradients, (1) acc, that of all ranks' experts.
     ///
     /// # Errors
-    /// If the device fails.
-    pub fn clip(&self, grad_scale: f64, losses: Option<&Tensor>) -> Result<&Tensor> {
+    /// If the device fails, and those of `all_experts`.
+    pub fn clip(
+        &self,
+        grad_scale: f64,
+        losses: Option<&Tensor>,
+        all_experts: Option<SumOverExperts<'_>>,
+    ) -> Result<&Tensor> {
         self.lane.fill(&self.sum, 0.0)?;
         if let Some(losses) = losses {
             // Nothing, or, of a loss that is not finite, what is no number.
             let zeros = self.lane.zeros(*losses.shape(), losses.dtype())?;
             self.lane.dot(losses, &zeros, &self.sum)?;
         }
-        let grads: Vec<&Tensor> = self.params.iter().map(|p| p.param.grad()).collect();
-        self.lane.sum_squares_many(&grads, &self.sum)?;
+        let apart = |p: &&State| all_experts.is_some() && p.param.group() == ReduceGroup::Expert;
+        let (experts, others): (Vec<&State>, Vec<&State>) = self.params.iter().partition(apart);
+        let grads = |params: &[&State]| params.iter().map(|p| p.param.grad().clone()).collect::<Vec<_>>();
+        let add = |grads: &[Tensor], sum: &Tensor| self.lane.sum_squares_many(&grads.iter().collect::<Vec<_>>(), sum);
+        add(&grads(&others), &self.sum)?;
+        if let Some(all_experts) = all_experts {
+            let sum = self.lane.zeros([1], self.sum.dtype())?;
+            add(&grads(&experts), &sum)?;
+            all_experts(&sum)?;
+            self.lane.axpby(1.0, &sum, 1.0, &self.sum)?;
+        }
         self.lane.clip_scale(&self.sum, grad_scale, self.config.clip, &self.norm, &self.scale)?;
         Ok(&self.norm)
     }

@@ -63,7 +63,7 @@ pub struct DoneEvent {
 
 /// Says what happens in a run.
 pub struct Reporter {
-    json: Option<Box<dyn Write>>,
+    json: Option<Box<dyn Write + Send>>,
     bar: ProgressBar,
     /// Where no terminal shows a bar: when the next line is due.
     plain: Option<(Instant, u64)>,
@@ -72,7 +72,7 @@ pub struct Reporter {
 
 impl Reporter {
     /// For steps `start` to `total`. With `json`, JSON lines go to it, one per event; everything else goes to stderr.
-    pub fn new(json: Option<Box<dyn Write>>, start: u64, total: u64) -> Self {
+    pub fn new(json: Option<Box<dyn Write + Send>>, start: u64, total: u64) -> Self {
         let bar = ProgressBar::new(total);
         bar.set_position(start);
         // What was done before this run says nothing about how long the rest takes.

@@ -6,17 +6,21 @@ use super::data::Corpus;
 use super::progress::{DoneEvent, EvalEvent, Reporter, StepEvent};
 use super::run::{Metrics, RunDir};
 use super::trainer::{StepOutcome, Trainer};
+use super::world::{CommKind, WorldConfig};
 use super::{ceiling, interrupt, memory};
+use crate::comm::{Topology, local};
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;
 use crate::model::ModelConfig;
 use crate::moe::RoutingStats;
+use crate::moe::distributed::Parallel;
 use crate::report::{DeviceUse, LossCurves, Summary, loss_svg};
 use crate::tensor::{DType, Place};
 use std::collections::VecDeque;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// What to do.
@@ -26,7 +30,7 @@ pub struct Request {
     /// A run folder, or a checkpoint in one, to go on from.
     pub resume: Option<PathBuf>,
     /// Where JSON lines go, if they are asked for.
-    pub json: Option<Box<dyn Write>>,
+    pub json: Option<Box<dyn Write + Send>>,
 }
 
 /// Steps whose training loss and loads the summary is about.
@@ -51,57 +55,104 @@ pub fn train(request: Request) -> Result<Summary> {
         _ => settings,
     };
     let (config, model) = settings.resolve_on(place)?;
-    let corpus = match &settings.data {
-        Some(path) => Corpus::open(path)?,
-        None => Corpus::builtin(),
+    let WorldConfig { sizes, comm: CommKind::Local, timeout, all_to_all, .. } = config.world;
+    let run = Run { place, config, model, settings, out: request.settings.out, resumed };
+    let summaries = match sizes.ranks {
+        1 => vec![run.session(None, request.json)?.run()?],
+        ranks => {
+            let topology = Topology::new(sizes)?;
+            let json = Mutex::new(request.json);
+            local::run(ranks, timeout, |world| {
+                let json = match world.rank() {
+                    0 => json.lock().unwrap_or_else(PoisonError::into_inner).take(),
+                    _ => None,
+                };
+                let parallel = Parallel::new(world, topology, all_to_all.build())?;
+                run.session(Some(&parallel), json)?.run()
+            })?
+        }
     };
-    let data = corpus.name().to_owned();
-    let lane = Lane::at(place)?;
-    memory::check(&lane, &config, &model)?;
-    let mut trainer = Trainer::new(&lane, &config, &model, corpus)?;
-    if let Some(dir) = &resumed {
-        let state = checkpoint::restore(dir, &lane, &mut trainer)?;
-        check_continuation(dir, &state, &config)?;
+    let first = summaries.into_iter().flatten().next();
+    first.ok_or_else(|| Error::Config("a run without a first rank".into()))
+}
+
+/// A run, before it begins.
+struct Run {
+    place: Place,
+    config: TrainConfig,
+    model: ModelConfig,
+    settings: Settings,
+    /// The folder that is asked for now.
+    out: Option<PathBuf>,
+    /// The checkpoint it goes on from.
+    resumed: Option<PathBuf>,
+}
+
+impl Run {
+    /// The part of it on one rank.
+    fn session(&self, parallel: Option<&Arc<Parallel>>, json: Option<Box<dyn Write + Send>>) -> Result<Session> {
+        let lane = Lane::at(self.place)?;
+        let (config, model) = (self.config.clone(), self.model.clone());
+        memory::check(&lane, &config, &model)?;
+        let corpus = match &self.settings.data {
+            Some(path) => Corpus::open(path)?,
+            None => Corpus::builtin(),
+        };
+        let data = corpus.name().to_owned();
+        let mut trainer = match parallel {
+            None => Trainer::new(&lane, &config, &model, corpus)?,
+            Some(parallel) => Trainer::on_ranks(&lane, &config, &model, corpus, parallel)?,
+        };
+        if let Some(dir) = &self.resumed {
+            let state = checkpoint::restore(dir, &lane, &mut trainer)?;
+            check_continuation(dir, &state, &config)?;
+        }
+        let first = trainer.steps_done();
+        let lead = if trainer.rank() == 0 { Some(self.lead(&lane, &trainer, json)?) } else { None };
+        // What the first rank refuses, it refuses before a step is done.
+        trainer.barrier()?;
+        Ok(Session {
+            lane,
+            config,
+            model,
+            data,
+            trainer,
+            lead,
+            outcomes: VecDeque::new(),
+            saved: None,
+            evaluated: None,
+            train_seconds: 0.0,
+            first,
+        })
     }
-    let folder = match (&resumed, &request.settings.out) {
-        (Some(dir), None) => RunDir::of(dir)?,
-        (_, out) => RunDir::create(out.as_deref(), &config.preset)?,
-    };
-    // Where a run is going on is said anew each time, what its checkpoints hold is not.
-    let dtype = if place == Place::Cpu { settings.dtype } else { Some(config.dtype) };
-    let settings = Settings { out: None, device: None, dtype, ..settings };
-    let first = trainer.steps_done();
-    // Before the settings: rows that cannot be read end the attempt, and the run stays what it was.
-    let metrics = folder.append_metrics(first + 1)?;
-    folder.write_config(&settings.to_toml()?)?;
-    interrupt::install()?;
-    let reporter = Reporter::new(request.json, first, config.stop_at);
-    if let Some(device) = lane.device()? {
-        reporter.note(&format!("on {} ({}), {}", lane.place(), device.name, config.dtype));
+
+    /// What the first rank alone has: the run's folder and its words.
+    fn lead(&self, lane: &Lane, trainer: &Trainer, json: Option<Box<dyn Write + Send>>) -> Result<Lead> {
+        let folder = match (&self.resumed, &self.out) {
+            (Some(dir), None) => RunDir::of(dir)?,
+            (_, out) => RunDir::create(out.as_deref(), &self.config.preset)?,
+        };
+        // Where a run is going on is said anew each time, what its checkpoints hold is not.
+        let dtype = if self.place == Place::Cpu { self.settings.dtype } else { Some(self.config.dtype) };
+        let settings = Settings { out: None, device: None, dtype, ..self.settings.clone() };
+        let first = trainer.steps_done();
+        // Before the settings: rows that cannot be read end the attempt, and the run stays what it was.
+        let metrics = folder.append_metrics(first + 1)?;
+        folder.write_config(&settings.to_toml()?)?;
+        interrupt::install()?;
+        let reporter = Reporter::new(json, first, self.config.stop_at);
+        if let Some(device) = lane.device()? {
+            reporter.note(&format!("on {} ({}), {}", lane.place(), device.name, self.config.dtype));
+        }
+        if trainer.model().sees_other_tokens() {
+            reporter.note(&format!(
+                "note: the {} gate routes a token by looking at others of its batch, later ones included, so this causal \
+                 model's loss is not comparable with other gates'",
+                self.model.moe.gate
+            ));
+        }
+        Ok(Lead { folder, metrics, reporter })
     }
-    if trainer.model().sees_other_tokens() {
-        reporter.note(&format!(
-            "note: the {} gate routes a token by looking at others of its batch, later ones included, so this causal \
-             model's loss is not comparable with other gates'",
-            model.moe.gate
-        ));
-    }
-    let session = Session {
-        lane,
-        config,
-        model,
-        data,
-        trainer,
-        folder,
-        metrics,
-        reporter,
-        outcomes: VecDeque::new(),
-        saved: None,
-        evaluated: None,
-        train_seconds: 0.0,
-        first,
-    };
-    session.run()
 }
 
 /// A run that goes on must be the run that was begun: what decides the samples may not change. A longer or shorter
@@ -131,19 +182,24 @@ fn check_continuation(dir: &Path, state: &RunState, config: &TrainConfig) -> Res
     Ok(())
 }
 
+/// The run's folder and its words: the first rank's.
+struct Lead {
+    folder: RunDir,
+    metrics: Metrics,
+    reporter: Reporter,
+}
+
 struct Session {
     lane: Lane,
     config: TrainConfig,
     model: ModelConfig,
     data: String,
     trainer: Trainer,
-    folder: RunDir,
-    metrics: Metrics,
-    reporter: Reporter,
+    lead: Option<Lead>,
     /// The last steps'.
     outcomes: VecDeque<StepOutcome>,
     /// The newest checkpoint of this run, and its step.
-    saved: Option<(u64, PathBuf)>,
+    saved: Option<(u64, Option<PathBuf>)>,
     /// The newest held-out loss, and its step.
     evaluated: Option<(u64, f64)>,
     train_seconds: f64,
@@ -151,19 +207,23 @@ struct Session {
 }
 
 impl Session {
-    fn run(mut self) -> Result<Summary> {
+    /// To its end: the summary is the first rank's.
+    fn run(mut self) -> Result<Option<Summary>> {
         let start = Instant::now();
         while self.trainer.steps_done() < self.config.stop_at {
             self.step()?;
             let done = self.trainer.steps_done();
-            if interrupt::requested() {
+            if self.trainer.any(interrupt::requested())? {
                 let path = self.save()?;
                 self.draw()?;
-                self.reporter.note(&format!(
-                    "interrupted after step {done}; go on with --resume {}",
-                    self.folder.path().display()
-                ));
-                self.reporter.note(&format!("checkpoint: {}", path.display()));
+                if let (Some(lead), Some(path)) = (&self.lead, path) {
+                    lead.reporter.note(&format!(
+                        "interrupted after step {done}; go on with --resume {}",
+                        lead.folder.path().display()
+                    ));
+                    lead.reporter.note(&format!("checkpoint: {}", path.display()));
+                }
+                self.trainer.barrier()?;
                 return Err(Error::Interrupted);
             }
             if done.is_multiple_of(self.config.eval_every) {
@@ -176,7 +236,12 @@ impl Session {
         let val_loss = self.evaluate()?;
         let checkpoint = self.save()?;
         self.draw()?;
-        self.finish(start.elapsed().as_secs_f64(), val_loss, &checkpoint)
+        match (self.lead.take(), checkpoint) {
+            (Some(lead), Some(checkpoint)) => {
+                self.finish(lead, start.elapsed().as_secs_f64(), val_loss, &checkpoint).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     fn step(&mut self) -> Result<()> {
@@ -198,8 +263,10 @@ impl Session {
             self.outcomes.pop_front();
         }
         self.outcomes.push_back(outcome);
-        self.metrics.append(&event)?;
-        self.reporter.step(&event)
+        match &mut self.lead {
+            None => Ok(()),
+            Some(lead) => lead.metrics.append(&event).and_then(|()| lead.reporter.step(&event)),
+        }
     }
 
     fn evaluate(&mut self) -> Result<f64> {
@@ -212,12 +279,15 @@ impl Session {
         let val_loss = self.trainer.evaluate(self.config.eval_windows)?;
         self.evaluated = Some((step, val_loss));
         let event = EvalEvent { event: "eval", step, val_loss };
-        self.metrics.append(&event)?;
-        self.reporter.eval(&event)?;
+        if let Some(lead) = &mut self.lead {
+            lead.metrics.append(&event)?;
+            lead.reporter.eval(&event)?;
+        }
         Ok(val_loss)
     }
 
-    fn save(&mut self) -> Result<PathBuf> {
+    /// A checkpoint, which all ranks take part in; its folder, on the first.
+    fn save(&mut self) -> Result<Option<PathBuf>> {
         let step = self.trainer.steps_done();
         if let Some((at, path)) = &self.saved
             && *at == step
@@ -231,15 +301,16 @@ impl Session {
             steps: self.config.steps,
             samples: step * (self.config.batch * self.config.accumulate) as u64,
         };
-        let dir = self.folder.checkpoints();
-        let path = checkpoint::save(&dir, &self.lane, &self.trainer, &state, self.config.keep_last)?;
+        let dir = self.lead.as_ref().map(|lead| lead.folder.checkpoints());
+        let path = checkpoint::save(dir.as_deref(), &self.lane, &self.trainer, &state, self.config.keep_last)?;
         self.saved = Some((step, path.clone()));
         Ok(path)
     }
 
     /// loss.svg, from the whole history in metrics.jsonl.
     fn draw(&self) -> Result<()> {
-        let rows = self.folder.read_metrics()?;
+        let Some(lead) = &self.lead else { return Ok(()) };
+        let rows = lead.folder.read_metrics()?;
         let points = |event: &str, key: &str| {
             let rows = rows.iter().filter(|r| r["event"] == event);
             rows.filter_map(|r| Some((r["step"].as_u64()?, r[key].as_f64()?))).collect()
@@ -249,11 +320,11 @@ impl Session {
             train: points("step", "loss"),
             held_out: points("eval", "val_loss"),
         };
-        let (path, svg) = (self.folder.loss_svg(), loss_svg(&curves)?);
+        let (path, svg) = (lead.folder.loss_svg(), loss_svg(&curves)?);
         atomic_write(&path, |w| w.write_all(svg.as_bytes()).map_err(|e| Error::io(&path, e)))
     }
 
-    fn finish(mut self, seconds: f64, val_loss: f64, checkpoint: &Path) -> Result<Summary> {
+    fn finish(self, mut lead: Lead, seconds: f64, val_loss: f64, checkpoint: &Path) -> Result<Summary> {
         let layers = self.model.moe_layers();
         let mut by_layer = vec![RoutingStats::default(); layers];
         for outcome in &self.outcomes {
@@ -281,12 +352,12 @@ impl Session {
             device,
             files: vec![
                 ("checkpoint", checkpoint.to_path_buf()),
-                ("metrics", self.folder.metrics()),
-                ("loss curve", self.folder.loss_svg()),
-                ("settings", self.folder.config()),
+                ("metrics", lead.folder.metrics()),
+                ("loss curve", lead.folder.loss_svg()),
+                ("settings", lead.folder.config()),
             ],
         };
-        self.reporter.done(&DoneEvent {
+        lead.reporter.done(&DoneEvent {
             event: "done",
             steps: summary.steps.0,
             train_loss: summary.train_loss,

@@ -3,13 +3,17 @@
 use super::config::TrainConfig;
 use super::data::Corpus;
 use super::optimizer::{Optimizer, OptimizerConfig};
+use super::ranks::Ranks;
 use super::readings::Readings;
 use crate::autograd::{Init, Tape};
+use crate::comm::{Sizes, Topology};
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
 use crate::model::{ModelConfig, Transformer};
+use crate::moe::distributed::Parallel;
 use crate::moe::{Routing, RoutingStats, StepContext};
 use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
 
 const ADVICE: &str = "try a lower --lr or a lower --clip from the last checkpoint";
 
@@ -33,31 +37,68 @@ pub struct Trainer {
     corpus: Corpus,
     model: Transformer,
     optimizer: Optimizer,
+    /// Where other ranks share the work.
+    ranks: Option<Ranks>,
     step: u64,
 }
 
 impl Trainer {
-    /// A fresh run: parameters from the seed, zero moments, step 0.
+    /// A fresh run on one rank: parameters from the seed, zero moments, step 0.
     ///
     /// # Errors
     /// If the configuration breaks a rule, or the corpus is too small for it.
     pub fn new(lane: &Lane, config: &TrainConfig, model: &ModelConfig, corpus: Corpus) -> Result<Self> {
+        Self::on(lane, config, model, corpus, None)
+    }
+
+    /// One rank's part of a fresh run on the ranks of a world: each has its share of the sequences. What it learns is what
+    /// one rank with as many routing groups learns. Whatever it does, all ranks do together.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; also if the work cannot be shared so, or another rank fails or never comes.
+    pub fn on_ranks(
+        lane: &Lane,
+        config: &TrainConfig,
+        model: &ModelConfig,
+        corpus: Corpus,
+        parallel: &Arc<Parallel>,
+    ) -> Result<Self> {
+        Self::on(lane, config, model, corpus, Some(parallel))
+    }
+
+    fn on(
+        lane: &Lane,
+        config: &TrainConfig,
+        model: &ModelConfig,
+        corpus: Corpus,
+        parallel: Option<&Arc<Parallel>>,
+    ) -> Result<Self> {
         if config.seq > model.max_seq {
             config_err!("--seq {}: the model's positions end at {}", config.seq, model.max_seq);
         }
         if model.vocab < 256 {
             config_err!("vocabulary of {}: byte-level training takes at least 256", model.vocab);
         }
-        if !(config.batch * config.seq).is_multiple_of(model.moe.groups) {
+        let Sizes { dp, mp, .. } = parallel.map_or(Topology::single(), |p| *p.groups().topology()).sizes();
+        if !config.batch.is_multiple_of(dp) {
+            config_err!("--batch {} with --dp {dp}: each data-parallel rank has as many sequences", config.batch);
+        }
+        let tokens = config.batch / dp * config.seq;
+        if !tokens.is_multiple_of(mp * model.moe.groups) {
             config_err!(
-                "{} routing groups do not divide the {}·{} tokens of a micro-batch",
+                "{} routing groups on each of {mp} MP ranks do not divide the {}·{} tokens of a micro-batch",
                 model.moe.groups,
-                config.batch,
+                config.batch / dp,
                 config.seq
             );
         }
         corpus.require(config.seq)?;
-        let model = Transformer::new(&Init::new(lane, config.dtype, config.seed), model)?;
+        let init = Init::new(lane, config.dtype, config.seed);
+        let model = match parallel {
+            None => Transformer::new(&init, model)?,
+            Some(parallel) => Transformer::on_ranks(&init, model, parallel)?,
+        };
+        let ranks = parallel.map(|p| Ranks::new(lane, &config.world, p, &model, tokens)).transpose()?;
         let optimizer = OptimizerConfig {
             lr: config.lr,
             min_lr_ratio: config.min_lr_ratio,
@@ -70,7 +111,7 @@ impl Trainer {
             clip: config.clip,
         };
         let optimizer = Optimizer::new(lane, optimizer, model.parameters())?;
-        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, step: 0 })
+        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, ranks, step: 0 })
     }
 
     /// The model.
@@ -81,6 +122,63 @@ impl Trainer {
     /// The optimizer.
     pub fn optimizer(&self) -> &Optimizer {
         &self.optimizer
+    }
+
+    /// The rank it is on.
+    pub fn rank(&self) -> usize {
+        self.ranks.as_ref().map_or(0, Ranks::rank)
+    }
+
+    /// This rank's share of the sequences, of how many.
+    fn share(&self) -> (usize, usize) {
+        self.ranks.as_ref().map_or((0, 1), Ranks::share)
+    }
+
+    /// The mean over ranks of a number.
+    fn mean(&self, value: f64) -> Result<f64> {
+        self.ranks.as_ref().map_or(Ok(value), |ranks| ranks.mean(&self.lane, value))
+    }
+
+    /// Whether any rank says so: what all do next depends on it.
+    ///
+    /// # Errors
+    /// If another rank fails or never comes.
+    pub fn any(&self, value: bool) -> Result<bool> {
+        self.ranks.as_ref().map_or(Ok(value), |ranks| ranks.any(&self.lane, value))
+    }
+
+    /// Waits for all ranks.
+    ///
+    /// # Errors
+    /// If another rank fails or never comes.
+    pub fn barrier(&self) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.barrier(&self.lane))
+    }
+
+    /// Tensors of the model or the optimizer, by name, each as a whole.
+    ///
+    /// # Errors
+    /// If another rank fails or never comes, or the device has no memory left.
+    pub fn whole(&self, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        match &self.ranks {
+            None => Ok(tensors),
+            Some(ranks) => ranks.whole(&self.lane, tensors),
+        }
+    }
+
+    /// Has `load` write tensors of the model or the optimizer, by name, each as a whole, and keeps this rank's part.
+    ///
+    /// # Errors
+    /// Those of `load`; if the device has no memory left.
+    pub fn load(
+        &self,
+        tensors: Vec<(String, Tensor)>,
+        load: impl FnOnce(Vec<(String, Tensor)>) -> Result<()>,
+    ) -> Result<()> {
+        let Some(ranks) = &self.ranks else { return load(tensors) };
+        let whole = ranks.to_load(&self.lane, &tensors)?;
+        load(whole.clone())?;
+        ranks.take(&self.lane, &tensors, &whole)
     }
 
     /// Steps done.
@@ -106,29 +204,49 @@ impl Trainer {
     pub fn step(&mut self) -> Result<StepOutcome> {
         let micro = self.config.accumulate;
         let windows = self.upload_windows()?;
-        self.optimizer.zero_grad();
+        self.ranks.as_ref().map_or_else(
+            || {
+                self.optimizer.zero_grad();
+                Ok(())
+            },
+            |ranks| ranks.zero_grad(&self.lane),
+        )?;
+        let (_, shares) = self.share();
         let losses = self.lane.empty([micro], self.model.dtype().accumulate())?;
         let mut readings = Readings::default();
         let mut layers = 0;
         for m in 0..micro {
             let (ids, targets) = micro_batch(&windows, m)?;
+            if let Some(ranks) = &self.ranks {
+                ranks.begin(&self.model, m + 1 == micro);
+            }
             let tape = Tape::new(&self.lane);
             let cx = self.context(m);
-            let result = self.model.forward(&tape, &ids, self.config.batch, self.config.seq, cx)?;
+            let result = self.model.forward(&tape, &ids, self.config.batch / shares, self.config.seq, cx)?;
             let loss = tape.cross_entropy(&result.logits, &targets)?;
-            let own = losses.narrow(0, m, 1)?;
-            self.lane.copy(loss.value(), &own)?;
-            readings.float(&own);
+            self.lane.copy(loss.value(), &losses.narrow(0, m, 1)?)?;
             layers = result.routings.len();
             result.routings.iter().map(Routing::tally).for_each(|tally| readings.routing(tally));
             // The tape lets go of what its backward has read; the routings must not hold it.
             let (aux_loss, logits) = (result.aux_loss, result.logits);
             drop((logits, result.routings));
-            let one = |like: &Tensor| self.lane.full(*like.shape(), like.dtype(), 1.0);
-            tape.backward(&[(&loss, one(loss.value())?), (&aux_loss, one(aux_loss.value())?)])?;
+            // The loss is the mean over shares, the auxiliary one already that of all.
+            let root = |like: &Tensor, d: f64| self.lane.full(*like.shape(), like.dtype(), d);
+            let d_loss = root(loss.value(), 1.0 / shares as f64)?;
+            tape.backward(&[(&loss, d_loss), (&aux_loss, root(aux_loss.value(), 1.0)?)])?;
         }
+        let losses = match &self.ranks {
+            None => losses,
+            Some(ranks) => {
+                ranks.finish()?;
+                ranks.mean_of(&self.lane, &losses)?
+            }
+        };
+        (0..micro).try_for_each(|m| losses.narrow(0, m, 1).map(|loss| readings.float(&loss)))?;
+        let over_experts = self.ranks.as_ref().map(|ranks| |sum: &Tensor| ranks.sum_over_experts(&self.lane, sum));
+        let over_experts = over_experts.as_ref().map(|f| f as &dyn Fn(&Tensor) -> Result<()>);
         // Changes nothing where a loss or a gradient is not finite.
-        readings.float(self.optimizer.clip(1.0 / micro as f64, Some(&losses))?);
+        readings.float(self.optimizer.clip(1.0 / micro as f64, Some(&losses), over_experts)?);
         self.optimizer.step(self.step)?;
 
         let values = readings.read(&self.lane)?;
@@ -149,8 +267,12 @@ impl Trainer {
             });
         }
         out.routing.resize(layers, RoutingStats::default());
-        for stats in values.stats.chunks(layers.max(1)) {
-            out.routing.iter_mut().zip(stats).for_each(|(sum, stats)| sum.merge(stats));
+        for of_micro_batch in values.stats.chunks(layers.max(1)) {
+            for (sum, stats) in out.routing.iter_mut().zip(of_micro_batch) {
+                let mut stats = stats.clone();
+                self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.merge(&self.lane, &mut stats))?;
+                sum.merge(&stats);
+            }
         }
         self.model.after_step(&self.lane)?;
         self.step += 1;
@@ -159,11 +281,13 @@ impl Trainer {
 
     /// What micro-batch `m` of the step under way is.
     fn context(&self, m: usize) -> StepContext {
+        let (share, shares) = self.share();
+        let first = m * self.config.batch + share * (self.config.batch / shares);
         StepContext {
             train: true,
             seed: self.config.seed,
             step: self.step,
-            first_token: (m * self.config.batch * self.config.seq) as u64,
+            first_token: (first * self.config.seq) as u64,
         }
     }
 
@@ -174,8 +298,12 @@ impl Trainer {
     pub fn evaluate(&self, windows: usize) -> Result<f64> {
         let (seq, batch) = (self.config.seq, self.config.batch.min(windows));
         let windows = self.corpus.held_out_windows(seq, windows);
+        let (share, shares) = self.share();
         let mut sum = 0.0;
-        for chunk in windows.chunks(batch) {
+        for all in windows.chunks(batch) {
+            // What cannot be shared evenly, every rank has whole.
+            let each = all.len() / shares;
+            let chunk = if all.len() == each * shares { &all[share * each..(share + 1) * each] } else { all };
             let ids: Vec<i32> = chunk.iter().flat_map(|w| w[..seq].iter().map(|&b| i32::from(b))).collect();
             let targets: Vec<i32> = chunk.iter().flat_map(|w| w[1..].iter().map(|&b| i32::from(b))).collect();
             let (ids, targets) = (self.upload(&ids)?, self.upload(&targets)?);
@@ -183,12 +311,12 @@ impl Trainer {
             let cx = StepContext { train: false, seed: self.config.seed, step: self.step, first_token: 0 };
             let out = self.model.forward(&tape, &ids, chunk.len(), seq, cx)?;
             let loss = tape.cross_entropy(&out.logits, &targets)?;
-            let value = self.lane.scalar(loss.value())?;
+            let value = self.mean(self.lane.scalar(loss.value())?)?;
             if !value.is_finite() {
                 let what = format!("step {}: the held-out loss is {value}", self.step);
                 return Err(self.find_non_finite(&what, &ids, &targets, cx));
             }
-            sum += value * chunk.len() as f64;
+            sum += value * all.len() as f64;
         }
         Ok(sum / windows.len() as f64)
     }
@@ -197,19 +325,21 @@ impl Trainer {
         self.lane.to_device(&Tensor::from_slice(ids, [ids.len()])?)
     }
 
-    /// The step's samples, (accumulate, 2, batch·seq): of every micro-batch inputs and targets. One copy to the device, made
-    /// while it has nothing else to do.
+    /// This rank's samples of the step, (accumulate, 2, batch·seq): of every micro-batch inputs and targets. One copy to the
+    /// device, made while it has nothing else to do.
     fn upload_windows(&self) -> Result<Tensor> {
         let TrainConfig { seq, batch, accumulate, seed, .. } = self.config;
-        let mut all = Vec::with_capacity(2 * accumulate * batch * seq);
-        for m in 0..accumulate as u64 {
-            let first = (self.step * accumulate as u64 + m) * batch as u64;
+        let (share, shares) = self.share();
+        let own = batch / shares;
+        let mut all = Vec::with_capacity(2 * accumulate * own * seq);
+        for m in 0..accumulate {
+            let first = (self.step * accumulate as u64 + m as u64) * batch as u64 + (share * own) as u64;
             let windows: Vec<_> =
-                (first..first + batch as u64).map(|sample| self.corpus.train_window(seed, sample, seq)).collect();
+                (first..first + own as u64).map(|sample| self.corpus.train_window(seed, sample, seq)).collect();
             all.extend(windows.iter().flat_map(|w| &w[..seq]).map(|&b| i32::from(b)));
             all.extend(windows.iter().flat_map(|w| &w[1..]).map(|&b| i32::from(b)));
         }
-        self.lane.to_device(&Tensor::from_slice(&all, [accumulate, 2, batch * seq])?)
+        self.lane.to_device(&Tensor::from_slice(&all, [accumulate, 2, own * seq])?)
     }
 
     /// Checks the parameters.

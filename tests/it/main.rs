@@ -13,5 +13,6 @@ mod model;
 mod moe;
 mod plan;
 mod properties;
+mod ranks;
 mod support;
 mod train;

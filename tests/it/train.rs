@@ -47,13 +47,13 @@ impl Place {
     }
 
     /// [`SMALL`] with `flags`, into the run folder `out`.
-    fn train(&self, out: &str, flags: &str) -> Result<Summary> {
+    pub(crate) fn train(&self, out: &str, flags: &str) -> Result<Summary> {
         let small = Settings { data: Some(self.at("text.txt")), ..toml::from_str(SMALL).unwrap() };
         let settings = Settings { out: Some(self.at(out)), ..parsed(flags) }.or(small);
         train(Request { settings, resume: None, json: None })
     }
 
-    fn resume(&self, from: &str, flags: &str) -> Result<Summary> {
+    pub(crate) fn resume(&self, from: &str, flags: &str) -> Result<Summary> {
         train(Request { settings: parsed(flags), resume: Some(self.at(from)), json: None })
     }
 

@@ -189,6 +189,9 @@ impl Counts {
     }
 }
 
+/// Up to so many runs of rows are copied one by one; more are gathered by index.
+const FEW_RUNS: usize = 4;
+
 /// The rows of `t` (R, M) in the order of `ranges`: `t` itself where that is the order they have.
 ///
 /// # Errors
@@ -206,6 +209,12 @@ pub fn arrange(lane: &Lane, t: &Tensor, ranges: &[Range<usize>]) -> Result<Tenso
         return Ok(t.clone());
     }
     let out = lane.empty([total, t.dim(1)], t.dtype())?;
+    if runs.len() > FEW_RUNS && t.dtype().is_float() {
+        let index: Vec<i32> = runs.into_iter().flatten().map(|row| row as i32).collect();
+        let index = lane.to_device(&Tensor::from_slice(&index, [total])?)?;
+        lane.gather_rows(t, &index, &out)?;
+        return Ok(out);
+    }
     let mut at = 0;
     for run in runs {
         lane.copy(&t.narrow(0, run.start, run.len())?, &out.narrow(0, at, run.len())?)?;

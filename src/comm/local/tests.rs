@@ -239,6 +239,18 @@ fn a_rank_that_fails_panics_or_leaves_ends_the_others() {
     assert_all(&[left[0].clone(), left[2].clone()], &["barrier in group world", "rank 1 has left"]);
 }
 
+/// A tensor without elements may point anywhere, also into what is sent.
+#[test]
+fn what_is_empty_shares_no_memory() {
+    let (lane, comm) = (Lane::cpu(), world(1, TIMEOUT).unwrap().remove(0));
+    let t = tensor(0, 4, DType::F64);
+    let empty = t.narrow(0, 2, 0).unwrap();
+    assert!(!t.overlaps(&empty) && !empty.overlaps(&t) && t.overlaps(&t.narrow(0, 3, 1).unwrap()));
+    let one = std::slice::from_ref(&empty);
+    comm.all_to_all_ragged(&lane, one, one).unwrap();
+    comm.reduce_scatter_ragged(&lane, one, &t.narrow(0, 1, 0).unwrap()).unwrap();
+}
+
 #[test]
 fn a_rank_that_never_comes_is_named_when_the_time_is_up() {
     let lane = Lane::cpu();

@@ -56,6 +56,9 @@ impl MemoryKernels for Cpu {
     }
 }
 
+/// Elements below which a copy stays on the thread it is called on.
+const SERIAL: usize = 16 * 1024;
+
 /// A transfer between two host tensors is a copy of the bytes.
 fn transfer(op: &str, src: &Tensor, dst: &Tensor) -> Result<()> {
     if src.shape() != dst.shape() || src.dtype() != dst.dtype() {
@@ -69,8 +72,12 @@ fn strided_copy<S: Element, D: Element>(src: &Tensor, dst: &Tensor, f: impl Fn(S
         shape_err!("copy: source {src:?} and destination share memory");
     }
     if src.is_contiguous() && dst.is_contiguous() {
-        let from = input::<S>(src)?;
-        output::<D>(dst)?.par_iter_mut().with_min_len(16 * 1024).zip(from).for_each(|(d, s)| *d = f(*s));
+        let (from, to) = (input::<S>(src)?, output::<D>(dst)?);
+        if to.len() <= SERIAL {
+            to.iter_mut().zip(from).for_each(|(d, s)| *d = f(*s));
+        } else {
+            to.par_iter_mut().with_min_len(SERIAL).zip(from).for_each(|(d, s)| *d = f(*s));
+        }
         return Ok(());
     }
     on_host("copy", &[src, dst])?;
@@ -129,7 +136,7 @@ impl<const N: usize> Rows<N> {
 
     /// `f` for every row, in parallel where that pays.
     fn for_each(&self, f: impl Fn([usize; N]) + Sync + Send) {
-        let fewest = (16 * 1024_usize).div_ceil(self.width.max(1));
+        let fewest = SERIAL.div_ceil(self.width.max(1));
         (0..self.count).into_par_iter().with_min_len(fewest).for_each(|mut row| {
             let mut at = [0; N];
             for (size, strides) in self.lead.iter().rev() {

@@ -578,13 +578,13 @@ impl Problem {
         if let Some(t) = weights.iter().chain([&x]).find(|t| t.dtype() != DType::BF16) {
             shape_err!("{op}: {t:?} must be bf16");
         }
-        if n == 0 || k == 0 || n % 8 != 0 || k % 8 != 0 {
+        if n == 0 || k == 0 || !n.is_multiple_of(8) || !k.is_multiple_of(8) {
             shape_err!("{op}: {x:?} to {n} columns: widths must be multiples of 8");
         }
         if r == 0 || r > i32::MAX as usize - ROW_TILE {
             shape_err!("{op}: {r} rows: between 1 and 2^31 - 129");
         }
-        if let Some(t) = weights.iter().chain([&x]).find(|t| t.ptr() as usize % 16 != 0) {
+        if let Some(t) = weights.iter().chain([&x]).find(|t| !(t.ptr() as usize).is_multiple_of(16)) {
             shape_err!("{op}: {t:?} must begin on a 16-byte boundary");
         }
         Ok(Problem { op: op.to_owned(), offsets: address(Some(offsets)), counts: address(counts), e, r, n, k })
@@ -597,7 +597,7 @@ impl Problem {
             if t.shape().dims() != [self.r, self.n] || t.dtype() != DType::BF16 {
                 shape_err!("{}: {name} {t:?} must be bf16 ({}, {})", self.op, self.r, self.n);
             }
-            if t.ptr() as usize % 16 != 0 {
+            if !(t.ptr() as usize).is_multiple_of(16) {
                 shape_err!("{}: {name} {t:?} must begin on a 16-byte boundary", self.op);
             }
         }

@@ -34,9 +34,23 @@ fn bad(path: &Path, reason: impl Into<String>) -> Error {
 /// # Errors
 /// If a file cannot be written, or the device fails.
 pub fn write(dir: &Path, lane: &Lane, model: &Transformer) -> Result<()> {
+    write_as(dir, lane, model.config(), model.dtype(), named(model))
+}
+
+/// [`write()`] of a model whose parameters and buffers are given by name, each as a whole: one that is spread over ranks.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_as(
+    dir: &Path,
+    lane: &Lane,
+    config: &ModelConfig,
+    dtype: DType,
+    tensors: Vec<(String, Tensor)>,
+) -> Result<()> {
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    config::write_config(&dir.join(CONFIG), model.config(), model.dtype())?;
-    write_tensors(&dir.join(WEIGHTS), lane, tensors_on_disk(model)?)
+    config::write_config(&dir.join(CONFIG), config, dtype)?;
+    write_tensors(&dir.join(WEIGHTS), lane, on_disk(tensors)?)
 }
 
 /// The model in the folder `dir`, on `lane`'s device, its weights converted to `dtype`.
@@ -64,18 +78,30 @@ pub fn load_as(dir: &Path, lane: &Lane, dtype: DType, config: &ModelConfig) -> R
 /// If a file is missing or broken, a tensor is missing, of another shape or not of floats, or one is there that the model
 /// has not: names the file, the tensor, and the rule.
 pub fn load_into(dir: &Path, lane: &Lane, model: &Transformer) -> Result<()> {
+    load_named(dir, lane, named(model))
+}
+
+/// [`load_into`] of parameters and buffers that are given by name, each as a whole.
+///
+/// # Errors
+/// As [`load_into`].
+pub fn load_named(dir: &Path, lane: &Lane, tensors: Vec<(String, Tensor)>) -> Result<()> {
     let (listing, shards) = open_shards(dir)?;
-    let targets = tensors_on_disk(model)?;
+    let targets = on_disk(tensors)?;
     let holders = tensors::locate(&listing, &shards, &targets)?;
     targets.iter().zip(holders).try_for_each(|((name, target), shard)| shard.copy_to(lane, name, target))
 }
 
-/// Every parameter and buffer under its name on disk, sharing the model's memory: a stack of experts is one tensor per
-/// expert there.
-fn tensors_on_disk(model: &Transformer) -> Result<Vec<(String, Tensor)>> {
-    let mut out = Vec::new();
+/// A model's parameters and buffers by name, sharing its memory.
+pub fn named(model: &Transformer) -> Vec<(String, Tensor)> {
     let parameters = model.parameters().into_iter().map(|p| (p.name().to_owned(), p.value().clone()));
-    for (name, value) in parameters.chain(model.buffers()) {
+    parameters.chain(model.buffers()).collect()
+}
+
+/// Tensors under their names on disk, sharing their memory: a stack of experts is one tensor per expert there.
+fn on_disk(tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+    let mut out = Vec::new();
+    for (name, value) in tensors {
         match name.rsplit_once(".experts.") {
             Some((layer, matrix)) => {
                 for j in 0..value.dim(0) {

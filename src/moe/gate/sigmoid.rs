@@ -93,8 +93,13 @@ impl SigmoidGate {
 }
 
 impl Bias {
-    fn add(&self, loads: &Tensor) -> Result<()> {
-        self.loads.lock().map_err(poisoned)?.push(loads.clone());
+    fn add(&self, cx: &GateContext<'_>, loads: &Tensor) -> Result<()> {
+        let mut all = loads.clone();
+        if let Some(ranks) = cx.ranks {
+            all = cx.lane.empty([ranks.size() * loads.dim(0), loads.dim(1)], DType::I32)?;
+            ranks.all_gather(cx.lane, loads, &all)?;
+        }
+        self.loads.lock().map_err(poisoned)?.push(all);
         Ok(())
     }
 
@@ -140,7 +145,7 @@ impl Gate for SigmoidGate {
         if let Some(bias) = &self.bias
             && cx.step.train
         {
-            bias.add(&routing.loads)?;
+            bias.add(cx, &routing.loads)?;
         }
         Ok((routing, Box::new(choice)))
     }

@@ -2,7 +2,8 @@
 
 use super::super::{Assignment, GateContext, MoeConfig, Routing, RoutingGrad};
 use super::group_tokens;
-use crate::device::{ChoiceRule, Chosen, ChosenGrad, ExpertGroups, Lane, Score, Slots};
+use crate::comm::Communicator;
+use crate::device::{ChoiceRule, Chosen, ChosenGrad, ExpertGroups, Lane, SUM_EPS, Score, Slots};
 use crate::error::{Result, config_err};
 use crate::tensor::{DType, Tensor};
 
@@ -92,6 +93,9 @@ impl TokenChoice {
                 capacity
             }
         };
+        if let Some(ranks) = cx.ranks {
+            balance_of_all(lane, ranks, &self.probabilities(lane, &logits)?, &balance_loss, &fraction)?;
+        }
         let routing = Routing {
             tokens,
             experts: self.experts,
@@ -104,6 +108,20 @@ impl TokenChoice {
             entropy,
         };
         Ok((routing, Choice { logits, fraction }))
+    }
+
+    /// The probabilities, (T, E) acc, that the balance loss is of.
+    fn probabilities(&self, lane: &Lane, logits: &Tensor) -> Result<Tensor> {
+        let probs = lane.empty_like(logits)?;
+        match self.rule.score {
+            Score::Softmax => lane.softmax(logits, &probs)?,
+            Score::Sigmoid => {
+                let scores = lane.empty_like(logits)?;
+                lane.sigmoid(logits, &scores)?;
+                lane.normalise_sum(&scores, 1.0, SUM_EPS, &probs)?;
+            }
+        }
+        Ok(probs)
     }
 
     /// The gradient of [`TokenChoice::route`]'s logits, (T, E) of type `dtype`.
@@ -130,6 +148,30 @@ impl TokenChoice {
         lane.choose_experts_backward(&self.rule, &choice.logits, &given, &d_logits)?;
         Ok(d_logits)
     }
+}
+
+/// Makes the balance loss and the fractions of choices, this rank's own, those of all ranks: both means are over as many
+/// tokens on each.
+fn balance_of_all(
+    lane: &Lane,
+    ranks: &dyn Communicator,
+    probs: &Tensor,
+    balance: &Tensor,
+    fraction: &Tensor,
+) -> Result<()> {
+    let (tokens, experts) = (probs.dim(0), probs.dim(1));
+    let means = lane.zeros([2, experts], fraction.dtype())?;
+    let (mean, chosen) = (means.index(0)?, means.index(1)?);
+    lane.sum_rows(probs, &mean)?;
+    lane.axpby(tokens as f64, fraction, 0.0, &chosen)?;
+    ranks.all_reduce(lane, &means)?;
+    let all = (tokens * ranks.size()) as f64;
+    lane.axpby(1.0 / all, &chosen, 0.0, fraction)?;
+    lane.fill(balance, 0.0)?;
+    lane.dot(&mean, fraction, balance)?;
+    // The product of the sums of probabilities and the fractions: E/T of it is the loss.
+    let product = lane.cast(balance, balance.dtype())?;
+    lane.axpby(experts as f64 / all, &product, 0.0, balance)
 }
 
 /// The capacity that drops nothing: the largest load over experts and groups, read from the device.

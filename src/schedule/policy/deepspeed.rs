@@ -1,3 +1,5 @@
+//! No overlap.
+
 use super::{Gradients, Policy};
 use crate::device::LaneKind;
 use crate::engine::{TaskGraph, TaskId};

@@ -1,3 +1,5 @@
+//! FSMoE's.
+
 use super::{Gradients, Policy, every_degree};
 use crate::engine::TaskGraph;
 use crate::error::Result;

@@ -1,3 +1,5 @@
+//! FSMoE's, with one lane for all communication.
+
 use super::{Gradients, Policy, every_degree};
 use crate::device::LaneKind;
 use crate::engine::TaskGraph;

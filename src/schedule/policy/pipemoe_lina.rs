@@ -1,3 +1,5 @@
+//! Tutel's overlap, with PipeMoE's chunks and Lina's gradients.
+
 use super::{Gradients, Policy, Tutel, fused_expert};
 use crate::engine::TaskGraph;
 use crate::error::Result;

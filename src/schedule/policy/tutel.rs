@@ -1,3 +1,5 @@
+//! All-to-alls beside the expert stage.
+
 use super::{Gradients, Policy, fused_expert};
 use crate::engine::TaskGraph;
 use crate::error::Result;

@@ -1,3 +1,5 @@
+//! Tutel's, with gradients beside dense parts.
+
 use super::{Gradients, Policy, Tutel, fused_expert};
 use crate::engine::TaskGraph;
 use crate::error::Result;

@@ -1,0 +1,245 @@
+//! The way of a layer's rows: to the experts, through them and back, in chunks, as a graph says.
+
+use super::cut::{Cut, Segment};
+use super::gradients::GradientBuffers;
+use super::parallel::Parallel;
+use crate::comm::GroupKind;
+use crate::device::{Lane, LaneKind};
+use crate::engine::{TaskGraph, Timeline};
+use crate::error::{Error, Result, config_err, shape_err};
+use crate::schedule::{LayerOp, Stage};
+use crate::tensor::Tensor;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// What happens to a piece of rows on its way. Forward they are tokens, backward gradients.
+pub(super) trait Steps: Sync {
+    /// When it has come to the rank of its experts.
+    fn arrive(&self, lane: &Lane, piece: usize, rows: Tensor) -> Result<Tensor>;
+    /// Through the experts.
+    fn compute(&self, lane: &Lane, piece: usize, rows: Tensor) -> Result<Tensor>;
+    /// Once more, for what nothing waits for.
+    fn finish(&self, lane: &Lane, piece: usize) -> Result<()>;
+    /// Before it travels back.
+    fn leave(&self, lane: &Lane, piece: usize, rows: Tensor) -> Result<Tensor>;
+}
+
+/// One pass through a layer.
+pub(super) struct Journey<'a> {
+    parallel: &'a Parallel,
+    cut: &'a Cut,
+    steps: &'a dyn Steps,
+    gradients: Option<&'a GradientBuffers>,
+    /// (R, M): where it begins, as the order laid the rows out.
+    rows: &'a Tensor,
+    /// (R, M): where it ends, chunk after chunk.
+    back: Tensor,
+    /// Where each chunk has got to.
+    chunks: Vec<Mutex<Option<Tensor>>>,
+}
+
+/// The rows (R, M) that have been through the experts, in the order of `rows`, and when which task ran.
+pub(super) fn journey(
+    parallel: &Parallel,
+    cut: &Cut,
+    graph: &TaskGraph<LayerOp>,
+    steps: &dyn Steps,
+    gradients: Option<&GradientBuffers>,
+    rows: &Tensor,
+) -> Result<(Tensor, Timeline)> {
+    let lane = parallel.lane(LaneKind::Compute);
+    // The graph says it, not the plan: a policy may cut otherwise than it is asked to.
+    let of = |id| match graph.op(id) {
+        LayerOp::Chunk { of, .. } => Some(*of),
+        _ => None,
+    };
+    let r = match graph.ids().find_map(of) {
+        Some(r) if (1..=cut.pieces()).contains(&r) => r,
+        r => config_err!("a graph of {} chunks for rows in {} pieces: 1 to as many", r.unwrap_or(0), cut.pieces()),
+    };
+    let back = lane.empty_like(rows)?;
+    let chunks = (0..r).map(|_| Mutex::default()).collect();
+    let way = Journey { parallel, cut, steps, gradients, rows, back, chunks };
+    let timeline = parallel.run(graph, |id, op| way.task(parallel.lane(graph.lane(id)), op))?;
+    let have: Vec<Segment> = (0..r).flat_map(|i| cut.sent(cut.chunk(i, r))).collect();
+    Ok((cut.arrange(lane, &way.back, &have, &cut.ordered())?, timeline))
+}
+
+impl Journey<'_> {
+    fn task(&self, lane: &Lane, op: &LayerOp) -> Result<()> {
+        let LayerOp::Chunk { stage, chunk, of, .. } = *op else {
+            return match (op, self.gradients) {
+                (LayerOp::Reduce(slice), Some(gradients)) => gradients.reduce(lane, *slice),
+                _ => config_err!("{op} in the graph of a layer: it has chunks, and slices of gradients it was given"),
+            };
+        };
+        if of != self.chunks.len() {
+            config_err!("{op}: a chunk of {of} in a pass of {}", self.chunks.len());
+        }
+        let pieces = self.cut.chunk(chunk, of);
+        let topology = self.parallel.groups().topology();
+        let (travels, sharded) = (topology.size(GroupKind::Expert) > 1, topology.size(GroupKind::Shard) > 1);
+        let phases = if travels { self.parallel.all_to_all().phases(self.parallel.groups().expert()).len() } else { 0 };
+        match stage {
+            Stage::Dispatch(phase) => {
+                if phase == 0 {
+                    self.put(chunk, self.start(lane, &pieces)?)?;
+                }
+                let t = self.exchange(lane, usize::from(phase), &pieces, false, self.take(chunk)?)?;
+                let last = usize::from(phase) + 1 == phases;
+                self.put(chunk, if last { self.arrive(lane, &pieces, t)? } else { t })
+            }
+            Stage::AllGather => {
+                let t = self.arrived(lane, chunk, &pieces, travels)?;
+                self.put(chunk, self.gather(lane, &pieces, t)?)
+            }
+            Stage::Expert => {
+                let t = if sharded { self.take(chunk)? } else { self.arrived(lane, chunk, &pieces, travels)? };
+                let t = self.piecewise(&pieces, self.cut.computed(pieces.clone()), &t, lane, |piece, t| {
+                    self.steps.compute(lane, piece, t)
+                })?;
+                let t = if sharded { t } else { self.leave(lane, &pieces, t)? };
+                if sharded || travels { self.put(chunk, t) } else { self.end(lane, &pieces, &t) }
+            }
+            Stage::WeightGrad => pieces.into_iter().try_for_each(|piece| self.steps.finish(lane, piece)),
+            Stage::ReduceScatter => {
+                let t = self.scatter(lane, &pieces, self.take(chunk)?)?;
+                let t = self.leave(lane, &pieces, t)?;
+                if travels { self.put(chunk, t) } else { self.end(lane, &pieces, &t) }
+            }
+            Stage::Combine(phase) => {
+                let t = self.exchange(lane, usize::from(phase), &pieces, true, self.take(chunk)?)?;
+                if usize::from(phase) + 1 == phases { self.end(lane, &pieces, &t) } else { self.put(chunk, t) }
+            }
+        }
+    }
+
+    fn put(&self, chunk: usize, t: Tensor) -> Result<()> {
+        *self.chunks[chunk].lock().unwrap_or_else(PoisonError::into_inner) = Some(t);
+        Ok(())
+    }
+
+    fn take(&self, chunk: usize) -> Result<Tensor> {
+        let held = self.chunks[chunk].lock().unwrap_or_else(PoisonError::into_inner).take();
+        held.ok_or_else(|| {
+            Error::Config(format!("chunk {} is not there: a stage before this one is missing", chunk + 1))
+        })
+    }
+
+    /// A chunk's rows as they are sent.
+    fn start(&self, lane: &Lane, pieces: &Range<usize>) -> Result<Tensor> {
+        self.cut.arrange(lane, self.rows, &self.cut.ordered(), &self.cut.sent(pieces.clone()))
+    }
+
+    fn exchange(&self, lane: &Lane, phase: usize, pieces: &Range<usize>, back: bool, t: Tensor) -> Result<Tensor> {
+        let counts = self.cut.counts(pieces.clone(), back)?;
+        self.parallel.all_to_all().run(phase, self.parallel.groups().expert(), lane, &counts, &t)
+    }
+
+    /// A chunk at the rank of its experts; where rows do not travel, they are there from the start.
+    fn arrived(&self, lane: &Lane, chunk: usize, pieces: &Range<usize>, travels: bool) -> Result<Tensor> {
+        match travels {
+            true => self.take(chunk),
+            false => self.arrive(lane, pieces, self.start(lane, pieces)?),
+        }
+    }
+
+    /// From the order in which rows are received to that in which they are computed.
+    fn arrive(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
+        let layout = self.layout(pieces);
+        let t = self.cut.arrange(lane, &t, &self.cut.received(pieces.clone()), &layout)?;
+        self.piecewise(pieces, layout, &t, lane, |piece, t| self.steps.arrive(lane, piece, t))
+    }
+
+    /// And back.
+    fn leave(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
+        let layout = self.layout(pieces);
+        let t = self.piecewise(pieces, layout.clone(), &t, lane, |piece, t| self.steps.leave(lane, piece, t))?;
+        self.cut.arrange(lane, &t, &layout, &self.cut.received(pieces.clone()))
+    }
+
+    /// How this rank's own rows lie at the rank of their experts.
+    fn layout(&self, pieces: &Range<usize>) -> Vec<Segment> {
+        let rank = self.parallel.groups().rank();
+        self.cut.arrived(pieces.clone(), self.parallel.groups().topology().position(GroupKind::Shard, rank))
+    }
+
+    /// `f` on every piece of rows that lie piece by piece: `t` itself where `f` gives back what it is given.
+    fn piecewise(
+        &self,
+        pieces: &Range<usize>,
+        layout: Vec<Segment>,
+        t: &Tensor,
+        lane: &Lane,
+        mut f: impl FnMut(usize, Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let each = layout.len() / pieces.len();
+        let (mut at, mut same, mut parts) = (0, true, Vec::with_capacity(pieces.len()));
+        for (piece, segments) in pieces.clone().zip(layout.chunks(each)) {
+            let rows = self.cut.total(segments);
+            if rows > 0 {
+                let part = t.narrow(0, at, rows)?;
+                let result = f(piece, part.clone())?;
+                if result.shape() != part.shape() {
+                    shape_err!("piece {piece}: rows of shape {} became {}: shapes stay", part.shape(), result.shape());
+                }
+                same &= result.ptr() == part.ptr();
+                parts.push((at, result));
+            }
+            at += rows;
+        }
+        if same {
+            return Ok(t.clone());
+        }
+        let out = lane.empty_like(t)?;
+        for (at, part) in parts {
+            lane.copy(&part, &out.narrow(0, at, part.dim(0))?)?;
+        }
+        Ok(out)
+    }
+
+    /// The rows of every member of the ESP group, as the experts take them.
+    fn gather(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
+        let (group, layout) = (self.parallel.groups().get(GroupKind::Shard), self.cut.gathered(pieces.clone()));
+        let all = lane.empty([self.cut.total(&layout), t.dim(1)], t.dtype())?;
+        if self.cut.is_even() {
+            group.all_gather(lane, &t, &all)?;
+        } else {
+            group.all_gather_ragged(lane, &t, &self.by_member(group.size(), pieces, &all)?)?;
+        }
+        self.cut.arrange(lane, &all, &layout, &self.cut.computed(pieces.clone()))
+    }
+
+    /// The sum of all members' parts of the results, each member getting those of its own rows.
+    fn scatter(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
+        let (group, layout) = (self.parallel.groups().get(GroupKind::Shard), self.cut.gathered(pieces.clone()));
+        let all = self.cut.arrange(lane, &t, &self.cut.computed(pieces.clone()), &layout)?;
+        let mine = lane.empty([self.cut.total(&self.layout(pieces)), t.dim(1)], t.dtype())?;
+        if self.cut.is_even() {
+            group.reduce_scatter(lane, &all, &mine)?;
+        } else {
+            group.reduce_scatter_ragged(lane, &self.by_member(group.size(), pieces, &all)?, &mine)?;
+        }
+        Ok(mine)
+    }
+
+    /// Rows of all members of the ESP group, one after the other, cut into each member's.
+    fn by_member(&self, members: usize, pieces: &Range<usize>, all: &Tensor) -> Result<Vec<Tensor>> {
+        let mut at = 0;
+        let part = |esp| {
+            let rows = self.cut.total(&self.cut.arrived(pieces.clone(), esp));
+            at += rows;
+            all.narrow(0, at - rows, rows)
+        };
+        (0..members).map(part).collect()
+    }
+
+    /// A chunk's rows where they began.
+    fn end(&self, lane: &Lane, pieces: &Range<usize>, t: &Tensor) -> Result<()> {
+        let before = self.cut.total(&self.cut.sent(0..pieces.start));
+        match t.dim(0) {
+            0 => Ok(()),
+            rows => lane.copy(t, &self.back.narrow(0, before, rows)?),
+        }
+    }
+}

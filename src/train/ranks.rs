@@ -1,0 +1,235 @@
+//! One rank of a run over several: its share of the work, the gradients it sums with the others, and the tensors that only
+//! all of them together hold.
+
+use super::plans::plans;
+use super::world::WorldConfig;
+use crate::autograd::Parameter;
+use crate::comm::{GroupKind, Sizes};
+use crate::device::Lane;
+use crate::error::Result;
+use crate::model::Transformer;
+use crate::moe::RoutingStats;
+use crate::moe::distributed::{DistributedMoe, GradientBuffers, LayerPlan, Parallel, Shard};
+use crate::schedule::GradGroup;
+use crate::tensor::Tensor;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// One rank of a run.
+pub(super) struct Ranks {
+    parallel: Arc<Parallel>,
+    gradients: Arc<GradientBuffers>,
+    /// Of each MoE layer, front to back, for a step's last micro-batch.
+    plans: Vec<LayerPlan>,
+    /// By name, which part of a parameter this rank holds, of those that it does not hold whole.
+    shards: HashMap<String, Shard>,
+}
+
+/// A model's MoE layers, front to back.
+fn layers(model: &Transformer) -> impl DoubleEndedIterator<Item = &DistributedMoe> {
+    model.blocks().iter().filter_map(|block| block.moe()?.ranks())
+}
+
+/// A model's parameters in the order in which its backward completes their gradients, with the groups that these are summed
+/// over. MP ranks compute the dense part each for itself, with the same gradients.
+fn by_completion(model: &Transformer) -> Vec<(Parameter, GradGroup)> {
+    let (first, last) = model.outer_parameters();
+    let mut all = Vec::new();
+    let mut add = |parameters: Vec<Parameter>, group| all.extend(parameters.into_iter().map(|p| (p, group)));
+    add(last, GradGroup::Dense);
+    for block in model.blocks().iter().rev() {
+        if let Some(layer) = block.moe().and_then(|moe| moe.ranks()) {
+            add(layer.expert_parameters(), GradGroup::Expert);
+            add(layer.gate_parameters(), GradGroup::Replicated);
+        }
+        add(block.dense_parameters(), GradGroup::Dense);
+    }
+    add(first, GradGroup::Dense);
+    all
+}
+
+impl Ranks {
+    /// The rank of `parallel`, whose part of the model is `model`; `tokens` is T of its MP group in a micro-batch.
+    ///
+    /// # Errors
+    /// If no plan can be made, or the device has no memory left.
+    pub(super) fn new(
+        lane: &Lane,
+        world: &WorldConfig,
+        parallel: &Arc<Parallel>,
+        model: &Transformer,
+        tokens: usize,
+    ) -> Result<Self> {
+        let gradients = Arc::new(GradientBuffers::new(lane, parallel.groups(), &by_completion(model))?);
+        let plans = plans(world, model, tokens, &gradients)?;
+        let shards = layers(model).flat_map(|layer| {
+            let names = layer.expert_parameters().into_iter().map(|p| p.name().to_owned());
+            names.zip(layer.shards().to_vec()).collect::<Vec<_>>()
+        });
+        Ok(Ranks { parallel: parallel.clone(), gradients, plans, shards: shards.collect() })
+    }
+
+    fn sizes(&self) -> Sizes {
+        self.parallel.groups().topology().sizes()
+    }
+
+    /// This rank's number.
+    pub(super) fn rank(&self) -> usize {
+        self.parallel.groups().rank()
+    }
+
+    /// This rank's share of the data, of how many.
+    pub(super) fn share(&self) -> (usize, usize) {
+        (self.parallel.groups().get(GroupKind::Data).rank(), self.sizes().dp)
+    }
+
+    /// Begins a step.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn zero_grad(&self, lane: &Lane) -> Result<()> {
+        self.gradients.zero(lane)
+    }
+
+    /// Before a micro-batch: gradients are summed during the last one's backward.
+    pub(super) fn begin(&self, model: &Transformer, last: bool) {
+        for (layer, plan) in layers(model).zip(&self.plans) {
+            let mut plan = plan.clone();
+            if !last {
+                (plan.slices, plan.after) = (Vec::new(), Vec::new());
+            }
+            layer.set_plan(plan);
+        }
+    }
+
+    /// After the last micro-batch's backward: sums what has not been summed.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(super) fn finish(&self) -> Result<()> {
+        self.parallel.settle()?;
+        for slice in self.gradients.rest() {
+            let lane = self.parallel.groups().lane(Parallel::reduces(slice.group));
+            self.gradients.reduce(self.parallel.lane(lane), slice)?;
+        }
+        Ok(())
+    }
+
+    /// The sums over ranks of some numbers.
+    fn sums(&self, lane: &Lane, values: &[f64]) -> Result<Vec<f64>> {
+        let all = lane.to_device(&Tensor::from_slice(values, [values.len()])?)?;
+        self.parallel.groups().world().all_reduce(lane, &all)?;
+        lane.to_host(&all)?.to_vec()
+    }
+
+    /// The means over ranks of numbers on the device.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(super) fn mean_of(&self, lane: &Lane, values: &Tensor) -> Result<Tensor> {
+        self.parallel.groups().world().all_reduce(lane, values)?;
+        let mean = lane.empty_like(values)?;
+        lane.axpby(1.0 / self.sizes().ranks as f64, values, 0.0, &mean)?;
+        Ok(mean)
+    }
+
+    /// The mean over ranks of a number.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(super) fn mean(&self, lane: &Lane, value: f64) -> Result<f64> {
+        Ok(self.sums(lane, &[value])?[0] / self.sizes().ranks as f64)
+    }
+
+    /// Whether any rank says so.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(super) fn any(&self, lane: &Lane, value: bool) -> Result<bool> {
+        Ok(self.sums(lane, &[f64::from(u8::from(value))])?[0] > 0.0)
+    }
+
+    /// The statistics of all ranks' tokens: losses and entropy are so already.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(super) fn merge(&self, lane: &Lane, stats: &mut RoutingStats) -> Result<()> {
+        let mut counts: Vec<f64> = stats.loads.iter().map(|&n| n as f64).collect();
+        counts.extend([stats.choices as f64, stats.dropped as f64]);
+        let sums: Vec<u64> = self.sums(lane, &counts)?.into_iter().map(|n| n as u64).collect();
+        let experts = stats.loads.len();
+        stats.loads.copy_from_slice(&sums[..experts]);
+        (stats.choices, stats.dropped) = (sums[experts], sums[experts + 1]);
+        Ok(())
+    }
+
+    /// Makes of the sum of squares of this rank's experts' gradients that of all experts: replicas count once.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(super) fn sum_over_experts(&self, lane: &Lane, sum: &Tensor) -> Result<()> {
+        self.parallel.groups().world().all_reduce(lane, sum)?;
+        let mine = lane.cast(sum, sum.dtype())?;
+        let replicas = self.parallel.groups().topology().size(GroupKind::Replica);
+        lane.axpby(1.0 / replicas as f64, &mine, 0.0, sum)
+    }
+
+    /// The part that this rank holds of the tensor called `name`, a parameter or an optimizer's state for one (`m.NAME`);
+    /// none if it holds all of it.
+    fn shard(&self, name: &str) -> Option<&Shard> {
+        self.shards.get(name).or_else(|| self.shards.get(name.split_once('.')?.1))
+    }
+
+    /// Each of `tensors` as a whole, put together from the parts that ranks hold. A collective.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes, or the device has no memory left.
+    pub(super) fn whole(&self, lane: &Lane, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        let Sizes { ranks, ep, esp, .. } = self.sizes();
+        let gather = |(name, part): (String, Tensor)| {
+            let Some(shard) = self.shard(&name) else { return Ok((name, part)) };
+            let all = lane.empty([ranks, part.elements()], part.dtype())?;
+            self.parallel.groups().world().all_gather(lane, &part, &all)?;
+            let whole = lane.empty(shard.full(), part.dtype())?;
+            for rank in 0..ep * esp {
+                let theirs = Shard::expert(shard.full(), *part.shape(), (rank / esp, ep), (rank % esp, esp))?;
+                lane.copy(&all.index(rank)?.reshape(*part.shape())?, &theirs.of(&whole)?)?;
+            }
+            Ok((name, whole))
+        };
+        tensors.into_iter().map(gather).collect()
+    }
+
+    /// For each of `tensors` one to be loaded as a whole: itself where this rank holds it so.
+    ///
+    /// # Errors
+    /// If the device has no memory left.
+    pub(super) fn to_load(&self, lane: &Lane, tensors: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let whole = |(name, part): &(String, Tensor)| match self.shard(name) {
+            None => Ok((name.clone(), part.clone())),
+            Some(shard) => Ok((name.clone(), lane.zeros(shard.full(), part.dtype())?)),
+        };
+        tensors.iter().map(whole).collect()
+    }
+
+    /// Takes this rank's parts from tensors that have been loaded as [`Ranks::to_load`] gave them.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn take(&self, lane: &Lane, tensors: &[(String, Tensor)], loaded: &[(String, Tensor)]) -> Result<()> {
+        for ((name, part), (_, whole)) in tensors.iter().zip(loaded) {
+            if let Some(shard) = self.shard(name) {
+                lane.copy(&shard.of(whole)?, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for all ranks.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(super) fn barrier(&self, lane: &Lane) -> Result<()> {
+        self.parallel.groups().world().barrier(lane)
+    }
+}

@@ -1,0 +1,90 @@
+//! The ranks of a run: how many, in which groups, and how they talk.
+
+use super::config::Settings;
+use crate::comm::{AllToAllKind, Sizes, Topology};
+use crate::error::{Result, config_err};
+use crate::model::ModelConfig;
+use crate::named::named;
+use crate::schedule::policy;
+use std::time::Duration;
+
+/// How ranks talk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CommKind {
+    /// Ranks are threads of one process.
+    Local,
+}
+named!(CommKind, "comm", { Local => "local" });
+
+/// The ranks of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorldConfig {
+    /// How many, in which groups.
+    pub sizes: Sizes,
+    /// How they talk.
+    pub comm: CommKind,
+    /// How long a rank waits for the others.
+    pub timeout: Duration,
+    /// How rows travel to their experts.
+    pub all_to_all: AllToAllKind,
+    /// The policy's name.
+    pub schedule: String,
+    /// The profile that plans are priced by; none: nominal costs of threads.
+    pub profile: Option<String>,
+}
+
+impl Default for WorldConfig {
+    /// One rank.
+    fn default() -> Self {
+        WorldConfig {
+            sizes: Topology::single().sizes(),
+            comm: CommKind::Local,
+            timeout: Duration::from_secs(600),
+            all_to_all: AllToAllKind::Direct,
+            schedule: "fsmoe".to_owned(),
+            profile: None,
+        }
+    }
+}
+
+impl WorldConfig {
+    /// The world that `settings` mean. Without a size for it, experts are divided among as many ranks as can be.
+    ///
+    /// # Errors
+    /// Names the first size that breaks a rule, or does not fit the model.
+    pub(super) fn of(settings: &Settings, model: &ModelConfig) -> Result<Self> {
+        let d = WorldConfig::default();
+        let ranks = settings.ranks.unwrap_or(1);
+        let (mp, esp) = (settings.mp.unwrap_or(1), settings.esp.unwrap_or(1));
+        let experts = model.moe.experts;
+        let fits = |ep: &usize| ranks.is_multiple_of(ep * esp) && experts.is_multiple_of(*ep);
+        let ep = settings.ep.unwrap_or_else(|| (1..=ranks).rev().find(fits).unwrap_or(1));
+        let dp = settings.dp.unwrap_or(ranks / mp.max(1));
+        let sizes = Sizes { ranks, nodes: settings.nodes.unwrap_or(1), dp, mp, ep, esp };
+        Topology::new(sizes)?;
+        if !experts.is_multiple_of(ep) {
+            config_err!("--ep {ep} with {experts} experts: each rank of an EP group has as many");
+        }
+        if !model.ffn.is_multiple_of(esp) {
+            config_err!(
+                "--esp {esp} with an inner width of {}: each rank of an ESP group has as much of it",
+                model.ffn
+            );
+        }
+        let timeout = match settings.comm_timeout {
+            Some(0) => config_err!("--comm-timeout 0: it is at least 1 second"),
+            Some(seconds) => Duration::from_secs(seconds),
+            None => d.timeout,
+        };
+        let schedule = settings.schedule.clone().unwrap_or(d.schedule);
+        policy::by_name(&schedule)?;
+        Ok(WorldConfig {
+            sizes,
+            comm: settings.comm.unwrap_or(d.comm),
+            timeout,
+            all_to_all: settings.a2a.unwrap_or(d.all_to_all),
+            schedule,
+            profile: settings.profile.clone(),
+        })
+    }
+}

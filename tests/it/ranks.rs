@@ -1,0 +1,128 @@
+//! Runs over ranks learn what one rank with as many routing groups learns.
+
+use crate::train::Place;
+use fsmoe::device::Lane;
+use fsmoe::model::checkpoint::TensorFile;
+use fsmoe::tensor::DType;
+use std::path::Path;
+
+/// The rows of a run's metrics, without how fast they were: of its steps, and its last evaluation. One that stops in between
+/// has others as well.
+fn rows(run: &Path) -> Vec<Vec<(String, f64)>> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let row = |line: &str| {
+        let row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
+        let numbers = row.iter().filter(|(key, _)| *key != "tokens_per_s");
+        numbers.filter_map(|(key, value)| Some((key.clone(), value.as_f64()?))).collect()
+    };
+    let last = text.lines().count() - 1;
+    let kept = text.lines().enumerate().filter(|(i, line)| *i == last || line.contains("\"step\",\"step\""));
+    kept.map(|(_, line)| row(line)).collect()
+}
+
+/// Every tensor of a checkpoint, by name, as f64.
+fn tensors(checkpoint: &Path) -> Vec<(String, Vec<f64>)> {
+    let mut all = Vec::new();
+    for name in ["model.safetensors", "optimizer.safetensors"] {
+        let file = TensorFile::open(&checkpoint.join(name)).unwrap();
+        for tensor in file.names() {
+            let value = Lane::cpu().cast(&file.read(tensor).unwrap(), DType::F64).unwrap();
+            all.push((tensor.to_owned(), value.to_vec().unwrap()));
+        }
+    }
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
+/// Fails unless two runs have the same rows and the same checkpoint after `step` steps, but for rounding.
+fn assert_same(place: &Place, a: &str, b: &str, step: u64) {
+    let (a, b) = (place.at(a), place.at(b));
+    let close = |what: &str, a: f64, b: f64, scale: f64| assert!((a - b).abs() <= 1e-8 * scale, "{what}: {a} and {b}");
+    let (left, right) = (rows(&a), rows(&b));
+    assert_eq!((left.len(), right.len()), (step as usize + 1, step as usize + 1));
+    for (left, right) in left.iter().zip(&right) {
+        for ((key, a), (other, b)) in left.iter().zip(right) {
+            assert_eq!(key, other);
+            close(key, *a, *b, b.abs().max(1e-3));
+        }
+    }
+    let checkpoint = format!("checkpoints/step-{step:06}");
+    let (left, right) = (tensors(&a.join(&checkpoint)), tensors(&b.join(&checkpoint)));
+    assert_eq!(left.len(), right.len());
+    for ((name, a), (other, b)) in left.iter().zip(&right) {
+        assert_eq!((name, a.len()), (other, b.len()));
+        let largest = b.iter().fold(1e-6f64, |m, v| m.max(v.abs()));
+        a.iter().zip(b).for_each(|(a, b)| close(name, *a, *b, 100.0 * largest));
+    }
+}
+
+const COMMON: &str = "--dtype f64 --steps 6 --warmup 2 --eval-every 3 --save-every 3 --z-weight 0.01 ";
+
+#[test]
+fn ranks_learn_as_one_rank_with_the_same_routing_groups() {
+    for (groups, model, world) in [
+        (8, "--capacity-factor 1.25", "--ranks 8 --nodes 2 --ep 2 --esp 4 --mp 4 --schedule fsmoe"),
+        (
+            4,
+            "--order ragged --capacity-factor * --accumulate 2",
+            "--ranks 4 --nodes 2 --a2a 2dh --schedule pipemoe-lina",
+        ),
+        (
+            4,
+            "--preset gpt2-moe-tiny --layers 4 --moe-every 2 --gate sigmoid --bias-rate 0.01 --shared-experts 1",
+            "--ranks 4 --nodes 4 --ep 2 --mp 2 --schedule tutel-improved",
+        ),
+        (2, "--gate expert-choice --order gshard", "--ranks 2 --ep 1 --esp 2 --schedule no-iio"),
+        (2, "--gate-noise --top-k 1", "--ranks 2 --schedule deepspeed"),
+    ] {
+        let place = Place::new();
+        place.train("one", &format!("{COMMON}{model} --routing-groups {groups}")).unwrap();
+        place.train("ranks", &format!("{COMMON}{model} {world}")).unwrap();
+        assert_same(&place, "ranks", "one", 6);
+    }
+}
+
+#[test]
+fn any_world_goes_on_from_any_other() {
+    let place = Place::new();
+    // Nothing is dropped, so routing groups make no difference.
+    let run = format!("{COMMON}--capacity-factor *");
+    place.train("one", &run).unwrap();
+    place.train("moved", &format!("{run} --ranks 4 --nodes 2 --ep 2 --esp 2 --stop-at 2")).unwrap();
+    place.resume("moved", "--ranks 2 --nodes 1 --ep 2 --esp 1 --stop-at 4").unwrap();
+    place.resume("moved", "--ranks 1 --ep 1").unwrap();
+    assert_same(&place, "moved", "one", 6);
+}
+
+#[test]
+fn no_schedule_changes_a_bit() {
+    let place = Place::new();
+    let mut first = None;
+    for policy in ["deepspeed", "tutel", "tutel-improved", "pipemoe-lina", "no-iio", "fsmoe"] {
+        let world = format!("--ranks 4 --nodes 2 --ep 2 --esp 2 --mp 2 --steps 3 --warmup 1 --schedule {policy}");
+        place.train(policy, &world).unwrap();
+        let weights = std::fs::read(place.at(policy).join("checkpoints/step-000003/model.safetensors")).unwrap();
+        let rows = rows(&place.at(policy));
+        assert!(*first.get_or_insert_with(|| (weights.clone(), rows.clone())) == (weights, rows), "{policy}");
+    }
+}
+
+#[test]
+fn worlds_that_do_not_fit_are_refused() {
+    let place = Place::new();
+    for (flags, parts) in [
+        ("--ranks 8 --mp 3", ["mp = 3", "8 ranks"]),
+        ("--ranks 8 --nodes 2 --dp 2", ["dp = 2", "8 ranks"]),
+        ("--ranks 8 --ep 8", ["--ep 8", "4 experts"]),
+        ("--ranks 3 --esp 3 --batch 3", ["--esp 3", "width of 32"]),
+        ("--ranks 8", ["--batch 4", "--dp 8"]),
+        ("--ranks 2 --schedule best", ["best", "tutel"]),
+        ("--ranks 2 --a2a 3dh", ["3dh", "1dh"]),
+        ("--ranks 2 --comm-timeout 0", ["--comm-timeout 0", "1 second"]),
+    ] {
+        let out = place.command(&format!("train --config small.toml --out no {flags}")).output().unwrap();
+        let message = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && parts.iter().all(|part| message.contains(part)), "{flags}: {message}");
+        assert!(!place.at("no").exists(), "{flags}");
+    }
+}
