@@ -17,6 +17,7 @@ gives a row that says so.
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -412,7 +413,6 @@ def measure(torch, clock, args, ceiling, device, name, shape, impl, mode):
     def rows(pass_, **rest):
         return row(impl, device, name, shape, args.capacity_factor, args.load, pass_, mode, **rest)
 
-    subject = None
     try:
         subject = Subject(torch, impl, shape, args.capacity_factor, args.load)
         for n in range(TOKEN_SETS):
@@ -429,8 +429,6 @@ def measure(torch, clock, args, ceiling, device, name, shape, impl, mode):
             emit(rows(pass_, **figures(measured, dense_ms, shape, pass_, ceiling, peak, subject.imbalance)))
     except Exception as error:  # noqa: BLE001: whatever a peer raises is its row's
         emit(rows("forward+backward", error=f"{type(error).__name__}: {error}"[:400]))
-    del subject
-    torch.cuda.empty_cache()
 
 
 def main():
@@ -465,6 +463,9 @@ def main():
                     print(f"peers.py: stopped before {name} {impl} {mode}, {args.stop_after:.0f} s are over", file=sys.stderr)
                     return
                 measure(torch, clock, args, ceiling, device, name, shape, impl, mode)
+                # What the subject held, graphs and cycles included, is room for the next.
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
