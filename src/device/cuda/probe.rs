@@ -153,7 +153,11 @@ impl Probe {
             "usable GPU",
             or_reason(&self.usable, |gpu| format!("{gpu}: the kernels load on it and give the right answers")),
         ));
-        lines.push(("train, sample", format!("on the CPU, {} threads", self.threads)));
+        let by_default = match self.usable.found() {
+            Some(gpu) => format!("on {gpu}, in bf16; --device cpu for the CPU, {} threads", self.threads),
+            None => format!("on the CPU, {} threads", self.threads),
+        };
+        lines.push(("train, sample", by_default));
         lines
     }
 }
