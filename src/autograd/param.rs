@@ -107,9 +107,16 @@ impl Parameter {
         self.0.value.elements()
     }
 
-    /// Sets the gradient to zero. Nothing is written yet: see [`Parameter::grad_to_write`].
+    /// Sets the gradient to zero. Nothing is written yet (see [`Parameter::grad_to_write`]), except where the gradient has
+    /// been placed: the buffer around it is read without asking for it.
     pub fn zero_grad(&self) {
-        self.0.fresh.store(true, Ordering::Relaxed);
+        match self.0.placed.get() {
+            Some(place) => {
+                // As in `grad`.
+                let _ = self.0.lane.fill(place, 0.0);
+            }
+            None => self.0.fresh.store(true, Ordering::Relaxed),
+        }
     }
 }
 
@@ -186,5 +193,26 @@ impl Init {
     pub fn constant(&self, name: &str, shape: impl Into<Shape>, value: f64) -> Result<Parameter> {
         let value = self.lane.full(shape, self.dtype, value)?;
         Parameter::new(&self.lane, self.name(name), value, ReduceGroup::Replicated, false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_placed_gradient_is_what_its_buffer_holds() {
+        let lane = Lane::cpu();
+        let p = Init::new(&lane, DType::F32, 1).normal("p", [3], 1.0, ReduceGroup::Expert).unwrap();
+        let buffer = lane.full([5], DType::F32, 2.0).unwrap();
+        p.place_grad(buffer.narrow(0, 1, 3).unwrap()).unwrap();
+        // Nobody writes it: what others have added up there stays.
+        assert_eq!(p.grad().to_vec::<f32>().unwrap(), [2.0; 3]);
+        assert_eq!(p.grad_to_write().1, 1.0);
+        p.zero_grad();
+        assert_eq!(buffer.to_vec::<f32>().unwrap(), [2.0, 0.0, 0.0, 0.0, 2.0]);
+        lane.fill(&buffer, 3.0).unwrap();
+        assert_eq!(p.grad().to_vec::<f32>().unwrap(), [3.0; 3]);
+        assert!(p.place_grad(lane.zeros([3], DType::F32).unwrap()).is_err());
     }
 }

@@ -321,7 +321,7 @@ impl Inner {
         let (x, before_moe_start) = hook_forward(&hooks.before_moe_start, lane, &x)?;
         let context = self.gate_context(lane, step);
         let (mut routing, gate) = self.gate.forward(&context, &x)?;
-        self.agree(lane, context.capacity, &mut routing)?;
+        self.agree(&context, &mut routing)?;
 
         let (Rows { data, split }, order) = self.order.dispatch(lane, &routing, &x)?;
         let (data, before_dispatch) = hook_forward(&hooks.before_dispatch, lane, &data)?;
@@ -352,15 +352,16 @@ impl Inner {
         Ok((y, run))
     }
 
-    /// Makes of a rank's routing one of all ranks': where nothing is dropped, rows for the largest load anywhere; losses
-    /// and entropy are means over ranks.
-    fn agree(&self, lane: &Lane, capacity: Capacity, routing: &mut Routing) -> Result<()> {
+    /// Makes of a rank's routing one of all ranks': where nothing is dropped but experts' rows are padded, rows for the
+    /// largest load anywhere; losses and entropy are means over ranks.
+    fn agree(&self, cx: &GateContext<'_>, routing: &mut Routing) -> Result<()> {
+        let lane = cx.lane;
         let world = self.parallel.groups().world();
         let ranks = world.size();
         if ranks == 1 {
             return Ok(());
         }
-        if capacity == Capacity::Dropless {
+        if cx.capacity == Capacity::Dropless && cx.exact_capacity {
             let mine = lane.full([1], DType::I32, routing.capacity as f64)?;
             let all = lane.empty([ranks], DType::I32)?;
             world.all_gather(lane, &mine, &all)?;
