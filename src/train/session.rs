@@ -82,7 +82,7 @@ struct Run {
     config: TrainConfig,
     model: ModelConfig,
     settings: Settings,
-    /// The folder that is asked for now.
+    /// The folder that this attempt asks for.
     out: Option<PathBuf>,
     /// The checkpoint it goes on from.
     resumed: Option<PathBuf>,
