@@ -7,13 +7,14 @@
 //! fill the time in which they travel. (Zero-bubble pipelines split the backward in the same way; Qi et al. 2024.)
 
 use fsmoe::Result;
+use fsmoe::comm::{AllToAllKind, Sizes, Topology};
 use fsmoe::device::LaneKind;
 use fsmoe::engine::{Simulator, TaskGraph, TaskId};
 use fsmoe::report::{Plans, gantt};
 use fsmoe::schedule::policy::{FsMoe, all};
 use fsmoe::schedule::{
-    AllToAllKind, BlockShape, Degree, Gradients, LayerCosts, LayerEnd, LayerOp, LayerPass, LayerShape, ModelCosts,
-    Pass, Planner, Policy, Profile, Stage, World, layer_graph,
+    BlockShape, Degree, Gradients, LayerCosts, LayerEnd, LayerOp, LayerPass, LayerShape, ModelCosts, Pass, Planner,
+    Policy, Profile, Stage, layer_graph,
 };
 
 struct WeightsLast;
@@ -77,7 +78,7 @@ impl Policy for WeightsLast {
 
 fn main() -> Result<()> {
     // Four blocks on FSMoE's 32 GPUs and published costs.
-    let world = World { ranks: 32, nodes: 4, mp: 8, ep: 4, esp: 8 };
+    let world = Topology::new(Sizes::new(32, 4, 8, 4, 8))?;
     let (tokens, hidden) = (2048, 2048);
     let attention = 8.0 * tokens as f64 * (hidden * hidden) as f64;
     let block = BlockShape {
@@ -87,7 +88,7 @@ fn main() -> Result<()> {
         sharded: 4 * (hidden * hidden) as u64,
         replicated: 0,
         moe: Some(LayerShape {
-            tokens: tokens / world.mp,
+            tokens: tokens / world.sizes().mp,
             rows_per_token: 2.4,
             hidden,
             ffn: 4 * hidden,

@@ -4,7 +4,7 @@
 //! # Where things are
 //!
 //! Arrows point one way: tensor ← device ← autograd ← moe ← model ← train; device ← engine ← schedule ← moe and
-//! device ← comm ← moe; bench over moe; report and the command on top.
+//! device ← comm ← schedule; bench over train; report and the command on top.
 //!
 //! | module | holds |
 //! |---|---|
@@ -12,7 +12,7 @@
 //! | [`device`] | lanes, the [`Kernels`](device::Kernels) traits (every primitive operation), and what implements them: [`cpu`](device::cpu), the specification, and [`cuda`](device::cuda), the only place that names the CUDA driver |
 //! | [`comm`] | collectives among ranks, the groups that ranks are divided into, all-to-all algorithms; [`local`](comm::local), ranks as threads |
 //! | [`engine`] | `TaskGraph`, its executors (threads, a device's queues, the simulator), `Timeline`; knows nothing of MoE |
-//! | [`schedule`] | pure planning: costs and their fit, profiles, policies, the planner, plans and their graphs |
+//! | [`schedule`] | pure planning, for the ranks and groups that `comm` describes: costs and their fit, profiles, policies, the planner, plans and their graphs |
 //! | [`autograd`] | the tape, `Var`, parameters, and the differentiable operations over `Kernels` |
 //! | [`moe`] | the MoE layer: [`gate`](moe::gate), [`order`](moe::order), [`expert`](moe::expert), hooks, routing, and the layer that runs them |
 //! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |

@@ -1,6 +1,7 @@
 //! `fsmoe plan`.
 
 use super::write_out;
+use fsmoe::comm::{AllToAllKind, Sizes, Topology};
 use fsmoe::engine::{Simulator, Timeline};
 use fsmoe::fsio::atomic_write;
 use fsmoe::model::{ModelConfig, preset};
@@ -8,8 +9,7 @@ use fsmoe::moe::Capacity;
 use fsmoe::moe::expert::ExpertKind;
 use fsmoe::report::{Plans, duration, gantt, gantt_svg, perfetto};
 use fsmoe::schedule::{
-    AllToAllKind, LayerPass, ModelCosts, Pass, Plan, Planner, Policy, Profile, SliceTask, World, layer_graph, policy,
-    step_graph,
+    LayerPass, ModelCosts, Pass, Plan, Planner, Policy, Profile, SliceTask, layer_graph, policy, step_graph,
 };
 use fsmoe::{Error, Result};
 use serde_json::json;
@@ -96,10 +96,10 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self) -> Result<()> {
-        let (config, world) = (self.config()?, self.world()?);
+        let (config, topology) = (self.config()?, self.topology()?);
         let profile = Profile::find(&self.profile)?;
         let seq = self.seq.unwrap_or(config.max_seq.min(2048));
-        let model = ModelCosts::new(&config.workload(self.batch, seq, &world, self.a2a)?, &world, &profile)?;
+        let model = ModelCosts::new(&config.workload(self.batch, seq, &topology, self.a2a)?, &topology, &profile)?;
         let drawn = policy::by_name(&self.policy)?;
 
         let (mut planner, mut plans, mut timelines) = (Planner::new(), Plans::default(), Vec::new());
@@ -129,19 +129,15 @@ impl Args {
         let text = if self.json {
             let shape = json!({"batch": self.batch, "seq": seq, "layers": config.layers, "hidden": config.hidden,
                 "ffn": config.ffn, "experts": config.moe.experts, "top_k": config.moe.top_k});
-            let object = json!({"preset": self.preset, "profile": profile.name, "world": world, "shape": shape,
+            let object = json!({"preset": self.preset, "profile": profile.name, "world": topology.sizes(), "shape": shape,
                 "policies": plans.policies, "plan": chosen});
             format!("{object}\n")
         } else {
-            let World { ranks, nodes, mp, ep, esp } = world;
+            let Sizes { ranks, nodes, dp, mp, ep, esp } = topology.sizes();
             let mut text = format!(
-                "{}, {} × {seq} tokens for each of {} model-parallel groups; {ranks} ranks on {nodes} nodes, mp {mp}, ep \
+                "{}, {} × {seq} tokens for each of {dp} model-parallel groups; {ranks} ranks on {nodes} nodes, mp {mp}, ep \
                  {ep}, esp {esp}, {} all-to-all; costs of {}\n{plans}",
-                self.preset,
-                self.batch,
-                ranks / mp,
-                self.a2a,
-                profile.name
+                self.preset, self.batch, self.a2a, profile.name
             );
             for (title, timeline) in &charts {
                 text.push_str(&format!(
@@ -170,18 +166,11 @@ impl Args {
         Ok(config)
     }
 
-    fn world(&self) -> Result<World> {
+    fn topology(&self) -> Result<Topology> {
         let node = self.ranks.checked_div(self.nodes).unwrap_or(1).max(1);
-        let (mp, esp) = (self.mp.unwrap_or(node), self.esp.unwrap_or(node));
-        let world = World { ranks: self.ranks, nodes: self.nodes, mp, ep: self.ep.unwrap_or(self.nodes), esp };
-        world.validate()?;
-        match self.dp {
-            Some(dp) if dp * mp != self.ranks => Err(Error::Config(format!(
-                "dp = {dp} times mp = {mp} with {} ranks: the product is their number",
-                self.ranks
-            ))),
-            _ => Ok(world),
-        }
+        let (mp, ep, esp) = (self.mp.unwrap_or(node), self.ep.unwrap_or(self.nodes), self.esp.unwrap_or(node));
+        let sizes = Sizes::new(self.ranks, self.nodes, mp, ep, esp);
+        Topology::new(Sizes { dp: self.dp.unwrap_or(sizes.dp), ..sizes })
     }
 }
 

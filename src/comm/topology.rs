@@ -3,9 +3,10 @@
 use crate::device::LaneKind;
 use crate::error::{Result, config_err};
 use crate::named::named;
+use serde::{Deserialize, Serialize};
 
 /// The sizes of a world and of its groups.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Sizes {
     /// P, ranks in the world.
     pub ranks: usize,
@@ -19,6 +20,13 @@ pub struct Sizes {
     pub ep: usize,
     /// N_ESP: ranks that each expert's inner width is divided among.
     pub esp: usize,
+}
+
+impl Sizes {
+    /// `ranks` on `nodes`, in groups of these sizes; N_DP is what is left.
+    pub fn new(ranks: usize, nodes: usize, mp: usize, ep: usize, esp: usize) -> Self {
+        Sizes { ranks, nodes, dp: ranks.checked_div(mp).unwrap_or(0), mp, ep, esp }
+    }
 }
 
 /// A division of the world into groups; every rank is in one group of each kind.
@@ -174,13 +182,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn sizes(ranks: usize, nodes: usize, mp: usize, ep: usize, esp: usize) -> Sizes {
-        Sizes { ranks, nodes, dp: ranks / mp, mp, ep, esp }
-    }
-
     #[test]
     fn the_usual_layout() {
-        let t = Topology::new(sizes(8, 2, 4, 2, 4)).unwrap();
+        let t = Topology::new(Sizes::new(8, 2, 4, 2, 4)).unwrap();
         assert_eq!(t.members(GroupKind::Model, 5), [4, 5, 6, 7]);
         assert_eq!(t.members(GroupKind::Data, 5), [1, 5]);
         assert_eq!(t.members(GroupKind::Shard, 5), [4, 5, 6, 7]);
@@ -196,7 +200,7 @@ mod tests {
     #[test]
     fn groups_that_lie_unevenly_on_nodes_have_no_shape_and_one_lane() {
         // EP groups 0 2 4 and 1 3 5 on nodes 0 1 2 and 3 4 5; ESP groups 0 1, 2 3, 4 5, of which one crosses.
-        let t = Topology::new(sizes(6, 2, 1, 3, 2)).unwrap();
+        let t = Topology::new(Sizes::new(6, 2, 1, 3, 2)).unwrap();
         assert_eq!(t.node_shape(GroupKind::Expert), None);
         assert_eq!(t.node_shape(GroupKind::Shard), None);
         assert_eq!(t.lane(GroupKind::Shard), LaneKind::InterNode);
@@ -204,7 +208,7 @@ mod tests {
 
     #[test]
     fn sizes_that_break_a_rule_are_named() {
-        let ok = sizes(8, 2, 4, 2, 4);
+        let ok = Sizes::new(8, 2, 4, 2, 4);
         let cases: [(Sizes, &[&str]); 6] = [
             (Sizes { nodes: 0, ..ok }, &["nodes = 0", "at least 1"]),
             (Sizes { nodes: 3, ..ok }, &["nodes = 3", "8 ranks", "divides"]),
@@ -228,7 +232,7 @@ mod tests {
                 all[pick % all.len()]
             };
             let ep = divisor(p, c);
-            let t = Topology::new(sizes(p, divisor(p, a), divisor(p, b), ep, divisor(p / ep, d))).unwrap();
+            let t = Topology::new(Sizes::new(p, divisor(p, a), divisor(p, b), ep, divisor(p / ep, d))).unwrap();
             for &kind in GroupKind::ALL {
                 for rank in 0..p {
                     let members = t.members(kind, rank);

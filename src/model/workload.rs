@@ -1,10 +1,11 @@
 //! A model's blocks as the planner sees them: FLOPs, volumes and parameters.
 
 use super::config::{Arch, ModelConfig};
+use crate::comm::{AllToAllKind, Sizes, Topology};
 use crate::error::{Result, config_err};
 use crate::moe::Capacity;
 use crate::moe::expert::ExpertKind;
-use crate::schedule::{AllToAllKind, BlockShape, LayerShape, World};
+use crate::schedule::{BlockShape, LayerShape};
 
 impl ModelConfig {
     /// The blocks of a step on `batch` sequences of `seq` tokens for each model-parallel group: the model's, then one that
@@ -12,13 +13,18 @@ impl ModelConfig {
     ///
     /// # Errors
     /// If the settings, or what the world asks of them, break a rule.
-    pub fn workload(&self, batch: usize, seq: usize, world: &World, kind: AllToAllKind) -> Result<Vec<BlockShape>> {
+    pub fn workload(
+        &self,
+        batch: usize,
+        seq: usize,
+        topology: &Topology,
+        kind: AllToAllKind,
+    ) -> Result<Vec<BlockShape>> {
         self.validate()?;
-        world.validate()?;
         if batch == 0 || seq == 0 || seq > self.max_seq {
             config_err!("{batch} sequences of {seq} tokens: at least 1, of 1 to {} tokens (max_seq)", self.max_seq);
         }
-        let (tokens, mp) = (batch * seq, world.mp);
+        let (tokens, Sizes { mp, .. }) = (batch * seq, topology.sizes());
         if !tokens.is_multiple_of(mp) {
             config_err!("{batch} sequences of {seq} tokens with mp = {mp}: it divides the tokens");
         }
@@ -111,7 +117,7 @@ mod tests {
         for name in PRESETS {
             let config = preset(name).unwrap();
             let seq = config.max_seq.min(1024);
-            let blocks = config.workload(1, seq, &World::ONE, AllToAllKind::Direct).unwrap();
+            let blocks = config.workload(1, seq, &Topology::single(), AllToAllKind::Direct).unwrap();
             let moe = |b: &BlockShape| b.moe.map_or(0, |l| (l.gemms * l.hidden * l.ffn * l.experts) as u64);
             let counted: u64 = blocks.iter().map(|b| b.sharded + b.replicated + moe(b)).sum();
             // GPT-2's dense FFNs have biases, which are not worth a volume of their own.
@@ -141,7 +147,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let config = preset("mixtral-8x7b").unwrap();
-        let world = World { ranks: 32, nodes: 4, mp: 8, ep: 4, esp: 8 };
+        let world = Topology::new(Sizes::new(32, 4, 8, 4, 8)).unwrap();
         let shape = config.workload(2, 1024, &world, AllToAllKind::Direct).unwrap()[0].moe.unwrap();
         assert_eq!((shape.tokens, shape.rows_per_token, shape.gemms), (256, 2.0, 3));
         for (batch, seq, mp, part) in [
@@ -151,7 +157,7 @@ mod tests {
             (1, 64, 32, "mp = 64"),
         ] {
             let mp = if part == "mp = 64" { 64 } else { mp };
-            let world = World { ranks: 64, mp, ..World { nodes: 1, ep: 1, esp: 1, ..world } };
+            let world = Topology::new(Sizes::new(64, 1, mp, 1, 1)).unwrap();
             let error = config.workload(batch, seq, &world, AllToAllKind::Direct).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         }

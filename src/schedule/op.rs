@@ -1,8 +1,9 @@
 //! What the tasks of a training step are.
 
-use super::GradGroup;
+use crate::comm::{GroupKind, Topology};
+use crate::device::LaneKind;
 use crate::named::named;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Forward or backward.
@@ -34,8 +35,53 @@ pub enum Stage {
     Combine(u8),
 }
 
+/// Over which ranks a gradient is summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradGroup {
+    /// Parameters sharded over MP: the ranks with the same shard.
+    Dense,
+    /// Experts: their replicas.
+    Expert,
+    /// Parameters that every rank has: all ranks.
+    Replicated,
+}
+
+impl GradGroup {
+    /// All three.
+    pub const ALL: [GradGroup; 3] = [GradGroup::Dense, GradGroup::Expert, GradGroup::Replicated];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            GradGroup::Dense => "dense",
+            GradGroup::Expert => "expert",
+            GradGroup::Replicated => "replicated",
+        }
+    }
+
+    /// The kind of group that its ranks are.
+    pub fn kind(self) -> GroupKind {
+        match self {
+            GradGroup::Dense => GroupKind::Data,
+            GradGroup::Expert => GroupKind::Replica,
+            GradGroup::Replicated => GroupKind::World,
+        }
+    }
+
+    /// The lane of its all-reduce; none where only one rank has the gradient.
+    pub fn lane(self, topology: &Topology) -> Option<LaneKind> {
+        lane(topology, self.kind())
+    }
+}
+
+/// The lane of a kind's collectives; none for groups of one, which exchange nothing.
+pub(super) fn lane(topology: &Topology, kind: GroupKind) -> Option<LaneKind> {
+    (topology.size(kind) > 1).then(|| topology.lane(kind))
+}
+
 /// A range of one group's gradients, which lie in one buffer in the order in which the backward completes them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Slice {
     /// Over which ranks it is summed.
     pub group: GradGroup,
@@ -103,5 +149,25 @@ impl fmt::Display for LayerOp {
             }
             LayerOp::Reduce(slice) => write!(f, "G {} {}..{}", slice.group.name(), slice.begin, slice.end),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::Sizes;
+    use LaneKind::{InterNode, IntraNode};
+
+    #[test]
+    fn gradients_are_reduced_on_the_lane_of_their_group() {
+        let lanes = |ranks, nodes, mp, ep, esp| {
+            let topology = Topology::new(Sizes::new(ranks, nodes, mp, ep, esp)).unwrap();
+            GradGroup::ALL.map(|group| group.lane(&topology))
+        };
+        // FSMoE's testbed, 6 nodes of 8; one node; replicas across nodes, EP inside; one rank.
+        assert_eq!(lanes(48, 6, 8, 6, 8), [Some(InterNode), None, Some(InterNode)]);
+        assert_eq!(lanes(8, 1, 2, 2, 2), [Some(IntraNode); 3]);
+        assert_eq!(lanes(16, 2, 1, 4, 2)[GradGroup::Expert as usize], Some(InterNode));
+        assert_eq!(lanes(1, 1, 1, 1, 1), [None; 3]);
     }
 }

@@ -4,10 +4,10 @@ use super::{Exchange, LayerCosts, LayerOp, MAX_CHUNKS, Pass, Slice, Stage};
 use crate::device::LaneKind;
 use crate::engine::{TaskGraph, TaskId};
 use crate::error::{Result, config_err};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How a layer's pass is cut and ordered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Degree {
     /// r: in how many chunks.
     pub r: usize,

@@ -8,10 +8,10 @@ use super::{
 use crate::device::LaneKind;
 use crate::engine::{Bound, LANES, Simulator, TaskGraph};
 use crate::error::{Result, config_err};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A plan for a step: how every MoE layer is cut, and where gradients are reduced.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// The policy's name.
     pub policy: String,

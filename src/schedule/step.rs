@@ -4,10 +4,10 @@ use super::{GradGroup, LayerCosts, LayerOp, LayerPass, ModelCosts, Pass, Plan, P
 use crate::device::LaneKind;
 use crate::engine::{TaskGraph, TaskId};
 use crate::error::{Result, config_err};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Where slices of gradients are reduced: in the backward of which block's MoE layer or dense part.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Windows {
     /// During the backward of each block's MoE layer.
     pub moe: Vec<Vec<Slice>>,

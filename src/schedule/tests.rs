@@ -1,5 +1,6 @@
 use super::policy::{DeepSpeed, FsMoe, NoIio, PipeMoeLina, Tutel};
 use super::*;
+use crate::comm::{AllToAllKind, Sizes, Topology};
 use crate::device::LaneKind::{self, Compute, InterNode, IntraNode};
 use crate::engine::{Cancel, CpuLanes, LANES, Simulator, TaskGraph};
 use proptest::prelude::*;
@@ -230,7 +231,7 @@ fn published_sweep() {
         times.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         times[0].1
     };
-    let world = World { ranks: 48, nodes: 6, mp: 8, ep: 6, esp: 8 };
+    let world = Topology::new(Sizes::new(48, 6, 8, 6, 8)).unwrap();
     let (mut shapes, mut differ) = (0, 0);
     for batch in [1, 2, 4] {
         for rows_per_token in [1.2, 2.4, 8.0] {
@@ -348,7 +349,7 @@ fn orders_of_the_lanes() {
 
 #[test]
 fn volumes_follow_the_shape() {
-    let (profile, world) = (Profile::published().unwrap(), World { ranks: 32, nodes: 4, mp: 8, ep: 4, esp: 8 });
+    let (profile, world) = (Profile::published().unwrap(), Topology::new(Sizes::new(32, 4, 8, 4, 8)).unwrap());
     let shape = LayerShape {
         tokens: 1024,
         rows_per_token: 2.4,
@@ -356,7 +357,7 @@ fn volumes_follow_the_shape() {
         ffn: 2048,
         experts: 8,
         gemms: 3,
-        all_to_all: AllToAllKind::TwoDh,
+        all_to_all: AllToAllKind::Hierarchical2d,
     };
     let costs = LayerCosts::new(&shape, &world, &profile).unwrap();
     let bytes = 2.4 * 1024.0 * 512.0 * 2.0;
@@ -373,7 +374,7 @@ fn volumes_follow_the_shape() {
     // Two ranks of the EP group in each node.
     let mut profile = profile;
     profile.intra_node.all_to_all = Some(Cost { alpha: 1e-5, beta: 1e-10, r2: None });
-    let world = World { ep: 8, esp: 4, ..world };
+    let world = Topology::new(Sizes { ep: 8, esp: 4, ..world.sizes() }).unwrap();
     let kinds = |kind, lanes: &[LaneKind], n: &[f64]| {
         let costs = LayerCosts::new(&LayerShape { all_to_all: kind, ..shape }, &world, &profile).unwrap();
         assert_eq!(costs.dispatch.iter().map(|e| e.lane).collect::<Vec<_>>(), lanes);
@@ -384,8 +385,8 @@ fn volumes_follow_the_shape() {
         );
     };
     kinds(AllToAllKind::Direct, &[InterNode], &[bytes]);
-    kinds(AllToAllKind::TwoDh, &[IntraNode, InterNode], &[bytes; 2]);
-    kinds(AllToAllKind::OneDh, &[IntraNode, InterNode, IntraNode], &[2.0 * bytes; 3]);
+    kinds(AllToAllKind::Hierarchical2d, &[IntraNode, InterNode], &[bytes; 2]);
+    kinds(AllToAllKind::Hierarchical1d, &[IntraNode, InterNode, IntraNode], &[2.0 * bytes; 3]);
 
     for (shape, part) in [
         (LayerShape { experts: 6, ..shape }, "6 experts with ep = 8"),
@@ -400,7 +401,7 @@ fn volumes_follow_the_shape() {
 
 /// A stack of blocks on the published profile, FSMoE's 32 GPUs.
 fn model(layers: usize, tokens: usize, hidden: usize, wider: usize, gemms: usize) -> ModelCosts {
-    let world = World { ranks: 32, nodes: 4, mp: 8, ep: 4, esp: 8 };
+    let world = Topology::new(Sizes::new(32, 4, 8, 4, 8)).unwrap();
     let (full, m) = (tokens * 8, hidden as f64);
     let block = BlockShape {
         gemms: vec![2.0 * full as f64 * m * 4.0 * m],

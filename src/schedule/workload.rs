@@ -1,25 +1,13 @@
 //! From shapes to volumes to costs: what every task of a step takes.
 
-use super::{Collective, Cost, GradGroup, LayerOp, Plan, Profile, Stage, World};
+use super::op::lane;
+use super::{Collective, Cost, GradGroup, LayerOp, Plan, Profile, Stage};
+use crate::comm::{AllToAllKind, GroupKind, NodeShape, Sizes, Topology};
 use crate::device::LaneKind;
 use crate::error::{Result, config_err};
-use crate::named::named;
 
 /// The most chunks that a layer is cut in.
 pub const MAX_CHUNKS: usize = 16;
-
-/// How the all-to-all is carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum AllToAllKind {
-    /// In one piece.
-    Direct,
-    /// Hetu's (Miao et al. 2022): gathered in the node, exchanged by one rank of each node, scattered in the node.
-    OneDh,
-    /// Tutel's and DeepSpeed's: among the ranks of a node, then among equal ranks of the nodes.
-    TwoDh,
-}
-
-named!(AllToAllKind, "all-to-all", { Direct => "direct", OneDh => "1dh", TwoDh => "2dh" });
 
 /// An MoE layer as one rank sees it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -107,9 +95,8 @@ impl LayerCosts {
     ///
     /// # Errors
     /// If the shape does not fit the world, or the profile lacks a cost that it needs.
-    pub fn new(shape: &LayerShape, world: &World, profile: &Profile) -> Result<Self> {
+    pub fn new(shape: &LayerShape, topology: &Topology, profile: &Profile) -> Result<Self> {
         let LayerShape { tokens, rows_per_token, hidden, ffn, experts, gemms, all_to_all } = *shape;
-        world.validate()?;
         for (name, value) in
             [("tokens", tokens), ("hidden", hidden), ("ffn", ffn), ("experts", experts), ("gemms", gemms)]
         {
@@ -120,19 +107,21 @@ impl LayerCosts {
         if !(rows_per_token.is_finite() && rows_per_token > 0.0) {
             config_err!("{rows_per_token} rows per token: it is a finite number above 0");
         }
-        if !experts.is_multiple_of(world.ep) {
-            config_err!("{experts} experts with ep = {}: the EP group has as many on each member", world.ep);
+        let Sizes { ep, esp, .. } = topology.sizes();
+        if !experts.is_multiple_of(ep) {
+            config_err!("{experts} experts with ep = {ep}: the EP group has as many on each member");
         }
-        if !ffn.is_multiple_of(world.esp) {
-            config_err!("ffn = {ffn} with esp = {}: each rank of the ESP group has as much of H", world.esp);
+        if !ffn.is_multiple_of(esp) {
+            config_err!("ffn = {ffn} with esp = {esp}: each rank of the ESP group has as much of H");
         }
         let rows = rows_per_token * tokens as f64;
         let bytes = rows * hidden as f64 * profile.element_bytes as f64;
         let exchange = |kind: Collective, lane: LaneKind, n: f64| {
             Ok(Exchange { lane, work: Work { cost: profile.collective(kind, lane)?, n, times: 1.0 } })
         };
-        let esp = |kind| world.esp_lane().map(|lane| exchange(kind, lane, bytes * world.esp as f64)).transpose();
-        let dispatch = dispatch_phases(all_to_all, world, bytes, &exchange)?;
+        let shard_lane = lane(topology, GroupKind::Shard);
+        let esp = |kind| shard_lane.map(|lane| exchange(kind, lane, bytes * esp as f64)).transpose();
+        let dispatch = dispatch_phases(all_to_all, topology, bytes, &exchange)?;
         let combine = dispatch.iter().rev().copied().collect();
         Ok(LayerCosts {
             dispatch,
@@ -166,24 +155,28 @@ impl LayerCosts {
 /// The phases of the all-to-all to the experts, of which the way back is the reverse; `bytes` are what a rank sends.
 fn dispatch_phases(
     kind: AllToAllKind,
-    world: &World,
+    topology: &Topology,
     bytes: f64,
     exchange: &dyn Fn(Collective, LaneKind, f64) -> Result<Exchange>,
 ) -> Result<Vec<Exchange>> {
-    let Some(lane) = world.ep_lane() else { return Ok(Vec::new()) };
-    let here = world.ep_per_node();
+    let Some(lane) = lane(topology, GroupKind::Expert) else { return Ok(Vec::new()) };
     let (intra, inter) = (LaneKind::IntraNode, LaneKind::InterNode);
+    let here = match topology.node_shape(GroupKind::Expert) {
+        Some(NodeShape { nodes, per_node }) if nodes > 1 => per_node,
+        // In one node, or unevenly on several.
+        _ => 1,
+    };
     match kind {
         // One rank of the group in each node, or one node: there is no hierarchy to use.
-        _ if here == 1 || lane == intra => Ok(vec![exchange(Collective::AllToAll, lane, bytes)?]),
+        _ if here == 1 => Ok(vec![exchange(Collective::AllToAll, lane, bytes)?]),
         AllToAllKind::Direct => Ok(vec![exchange(Collective::AllToAll, lane, bytes)?]),
         // The leader takes in what all of the node send, as each would in an all-gather, and sends it.
-        AllToAllKind::OneDh => {
+        AllToAllKind::Hierarchical1d => {
             let node = bytes * here as f64;
             let gather = exchange(Collective::AllGather, intra, node)?;
             Ok(vec![gather, exchange(Collective::AllToAll, inter, node)?, gather])
         }
-        AllToAllKind::TwoDh => {
+        AllToAllKind::Hierarchical2d => {
             Ok(vec![exchange(Collective::AllToAll, intra, bytes)?, exchange(Collective::AllToAll, inter, bytes)?])
         }
     }
@@ -216,13 +209,13 @@ impl ModelCosts {
     ///
     /// # Errors
     /// As [`LayerCosts::new`]; also if a sharded dense part does not fit the world.
-    pub fn new(blocks: &[BlockShape], world: &World, profile: &Profile) -> Result<Self> {
-        world.validate()?;
-        let blocks = blocks.iter().map(|block| BlockCosts::new(block, world, profile)).collect::<Result<Vec<_>>>()?;
+    pub fn new(blocks: &[BlockShape], topology: &Topology, profile: &Profile) -> Result<Self> {
+        let blocks =
+            blocks.iter().map(|block| BlockCosts::new(block, topology, profile)).collect::<Result<Vec<_>>>()?;
         let mut costs = ModelCosts { blocks, reduce: [None; 3] };
         for group in GradGroup::ALL {
             let bytes: u64 = costs.gradients().map(|(_, _, bytes)| bytes[group as usize]).sum();
-            if let (Some(lane), true) = (world.reduce_lane(group), bytes > 0) {
+            if let (Some(lane), true) = (group.lane(topology), bytes > 0) {
                 costs.reduce[group as usize] = Some((lane, profile.collective(Collective::AllReduce, lane)?));
             }
         }
@@ -255,12 +248,13 @@ impl ModelCosts {
 }
 
 impl BlockCosts {
-    fn new(shape: &BlockShape, world: &World, profile: &Profile) -> Result<Self> {
+    fn new(shape: &BlockShape, topology: &Topology, profile: &Profile) -> Result<Self> {
         let element = profile.element_bytes as f64;
-        let gemm = |flops: &f64| profile.compute.gemm.seconds(flops / world.mp as f64);
+        let Sizes { mp, ep, esp, .. } = topology.sizes();
+        let gemm = |flops: &f64| profile.compute.gemm.seconds(flops / mp as f64);
         let compute: f64 = shape.gemms.iter().map(gemm).sum();
         let mut exchanged = 0.0;
-        if let Some(lane) = world.mp_lane() {
+        if let Some(lane) = lane(topology, GroupKind::Model) {
             let cost = |kind, elements: usize| -> Result<f64> {
                 Ok(if elements == 0 { 0.0 } else { profile.collective(kind, lane)?.seconds(elements as f64 * element) })
             };
@@ -275,16 +269,15 @@ impl BlockCosts {
         }
         let bytes = |parameters: u64| parameters * profile.element_bytes as u64;
         let (mut moe_gradients, mut dense_gradients) = ([0; 3], [0; 3]);
-        dense_gradients[GradGroup::Dense as usize] = bytes(shape.sharded / world.mp as u64);
+        dense_gradients[GradGroup::Dense as usize] = bytes(shape.sharded / mp as u64);
         dense_gradients[GradGroup::Replicated as usize] = bytes(shape.replicated);
         if let Some(moe) = &shape.moe {
             let expert = (moe.gemms * moe.hidden * moe.ffn) as u64;
-            moe_gradients[GradGroup::Expert as usize] =
-                bytes(moe.experts as u64 * expert / (world.ep * world.esp) as u64);
+            moe_gradients[GradGroup::Expert as usize] = bytes(moe.experts as u64 * expert / (ep * esp) as u64);
         }
         Ok(BlockCosts {
             dense: [compute + exchanged, 2.0 * compute + exchanged],
-            moe: shape.moe.as_ref().map(|moe| LayerCosts::new(moe, world, profile)).transpose()?,
+            moe: shape.moe.as_ref().map(|moe| LayerCosts::new(moe, topology, profile)).transpose()?,
             moe_gradients,
             dense_gradients,
         })

@@ -2,6 +2,7 @@
 
 use super::world::WorldConfig;
 use crate::autograd::Parameter;
+use crate::comm::{AllToAllKind, Topology};
 use crate::error::Result;
 use crate::model::{Block, Transformer};
 use crate::moe::Capacity;
@@ -9,8 +10,8 @@ use crate::moe::distributed::{GradientBuffers, LayerPlan};
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
 use crate::schedule::{
-    AllToAllKind, BlockShape, CollectiveCosts, ComputeCosts, Cost, Degree, LayerShape, ModelCosts, Planner, Policy,
-    Profile, Slice, World, policy,
+    BlockShape, CollectiveCosts, ComputeCosts, Cost, Degree, LayerShape, ModelCosts, Planner, Policy, Profile, Slice,
+    policy,
 };
 use std::sync::Arc;
 
@@ -41,20 +42,18 @@ pub(super) fn plans(
     tokens: usize,
     gradients: &Arc<GradientBuffers>,
 ) -> Result<Vec<LayerPlan>> {
-    let sizes = config.sizes;
-    let world = World { ranks: sizes.ranks, nodes: sizes.nodes, mp: sizes.mp, ep: sizes.ep, esp: sizes.esp };
+    let topology = Topology::new(config.sizes)?;
     let profile = config.profile.as_deref().map_or_else(|| Ok(nominal()), Profile::find)?;
     // Slices are bytes of these gradients, whatever the profile was measured with.
     let profile = Profile { element_bytes: model.dtype().size(), ..profile };
     let policy: Arc<dyn Policy> = Arc::from(policy::by_name(&config.schedule)?);
-    let all_to_all: AllToAllKind = config.all_to_all.name().parse()?;
 
     let mut blocks: Vec<BlockShape> =
-        model.blocks().iter().map(|block| shape(model, block, tokens, &world, all_to_all)).collect();
+        model.blocks().iter().map(|block| shape(model, block, tokens, &topology, config.all_to_all)).collect();
     // The last norm and the output projection come after the blocks; embeddings are complete when nothing is left to
     // overlap their sum.
-    blocks.push(dense(&model.outer_parameters().1, tokens, &world));
-    let costs = ModelCosts::new(&blocks, &world, &profile)?;
+    blocks.push(dense(&model.outer_parameters().1, tokens, &topology));
+    let costs = ModelCosts::new(&blocks, &topology, &profile)?;
     let plan = Planner::new().plan(&*policy, &costs)?;
 
     let mut plans: Vec<LayerPlan> = Vec::new();
@@ -77,30 +76,38 @@ pub(super) fn plans(
 }
 
 /// A part of the model that every MP rank computes for itself: as many products as parameters that are matrices.
-fn dense(parameters: &[Parameter], tokens: usize, world: &World) -> BlockShape {
+fn dense(parameters: &[Parameter], tokens: usize, topology: &Topology) -> BlockShape {
+    let mp = topology.sizes().mp;
     let elements: usize = parameters.iter().map(Parameter::elements).sum();
     let matrices = parameters.iter().filter(|p| p.value().rank() == 2);
     BlockShape {
-        gemms: matrices.map(|p| 2.0 * (tokens * world.mp * p.elements()) as f64).collect(),
+        gemms: matrices.map(|p| 2.0 * (tokens * mp * p.elements()) as f64).collect(),
         mp_reduced: 0,
         mp_gathered: 0,
-        sharded: (elements * world.mp) as u64,
+        sharded: (elements * mp) as u64,
         replicated: 0,
         moe: None,
     }
 }
 
-fn shape(model: &Transformer, block: &Block, tokens: usize, world: &World, all_to_all: AllToAllKind) -> BlockShape {
-    let mut shape = dense(&block.dense_parameters(), tokens, world);
+fn shape(
+    model: &Transformer,
+    block: &Block,
+    tokens: usize,
+    topology: &Topology,
+    all_to_all: AllToAllKind,
+) -> BlockShape {
+    let mut shape = dense(&block.dense_parameters(), tokens, topology);
     let Some(layer) = block.moe().and_then(|moe| moe.ranks()) else { return shape };
     let config = layer.config();
-    let own = tokens / world.mp;
+    let mp = topology.sizes().mp;
+    let own = tokens / mp;
     let rows_per_token = match (config.gate, config.capacity) {
         (GateKind::Soft, _) => (config.experts * config.soft_slots * config.groups) as f64 / own as f64,
         (_, Capacity::Factor(f)) => f * config.top_k as f64,
         (_, Capacity::Dropless) => config.top_k as f64,
     };
-    shape.gemms.push(2.0 * (own * config.hidden * config.experts * world.mp) as f64);
+    shape.gemms.push(2.0 * (own * config.hidden * config.experts * mp) as f64);
     shape.mp_gathered = tokens * model.config().hidden;
     shape.replicated = layer.gate_parameters().iter().map(|p| p.elements() as u64).sum();
     shape.moe = Some(LayerShape {

@@ -109,7 +109,7 @@ impl Ranks {
     pub(super) fn finish(&self) -> Result<()> {
         self.parallel.settle()?;
         for slice in self.gradients.rest() {
-            let lane = self.parallel.groups().lane(Parallel::reduces(slice.group));
+            let lane = self.parallel.groups().lane(slice.group.kind());
             self.parallel.beside(lane, |lane| self.gradients.reduce(lane, slice))?;
         }
         Ok(())

@@ -1,6 +1,5 @@
 //! Gradients in one flat buffer per reduction group, summed over ranks in slices.
 
-use super::parallel::Parallel;
 use crate::autograd::Parameter;
 use crate::comm::Groups;
 use crate::device::Lane;
@@ -85,7 +84,7 @@ impl GradientBuffers {
             }
             *before = end;
         }
-        let comm = self.groups.get(Parallel::reduces(group));
+        let comm = self.groups.get(group.kind());
         if comm.size() == 1 || begin == end {
             return Ok(());
         }

@@ -425,8 +425,7 @@ impl Inner {
         let Degree { r, d } = plan.degrees[pass as usize];
         let r = r.min(cut.most_chunks());
         let degree = Degree { r, d: d.min(r) };
-        let reduce_lane =
-            |slice: &Slice| plan.policy.reduce_lane(self.parallel.groups().lane(Parallel::reduces(slice.group)));
+        let reduce_lane = |slice: &Slice| plan.policy.reduce_lane(self.parallel.groups().lane(slice.group.kind()));
         let slice = |slice: &Slice| SliceTask { slice: *slice, lane: reduce_lane(slice), after: None };
         let slices: Vec<SliceTask> = match pass {
             Pass::Forward => Vec::new(),

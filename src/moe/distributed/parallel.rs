@@ -8,7 +8,7 @@ use crate::engine::{
     Cancel, CpuLanes, LANES, LaneStreams, Pending, Span, TaskGraph, TaskId, Timeline, caught, issue, lane_name,
 };
 use crate::error::{Error, Result, config_err};
-use crate::schedule::{Cost, Exchange, GradGroup, LayerCosts, LayerOp, Slice, Work};
+use crate::schedule::{Cost, Exchange, LayerCosts, LayerOp, Slice, Work};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -98,15 +98,6 @@ impl Parallel {
     /// Whether lanes are streams, whose work may run after it has been issued.
     pub(super) fn issues(&self) -> bool {
         self.threads.is_none()
-    }
-
-    /// The kind of group that reduces these gradients.
-    pub fn reduces(group: GradGroup) -> GroupKind {
-        match group {
-            GradGroup::Dense => GroupKind::Data,
-            GradGroup::Expert => GroupKind::Replica,
-            GradGroup::Replicated => GroupKind::World,
-        }
     }
 
     /// Calls `f` with the lane of this kind, between what Compute has been given before and what it is given next.
