@@ -13,8 +13,8 @@ use fsmoe::engine::{Simulator, TaskGraph, TaskId};
 use fsmoe::report::{Plans, gantt};
 use fsmoe::schedule::policy::{FsMoe, all};
 use fsmoe::schedule::{
-    BlockShape, Degree, Gradients, LayerCosts, LayerEnd, LayerOp, LayerPass, LayerShape, ModelCosts, Pass, Planner,
-    Policy, Profile, Stage, layer_graph,
+    BlockShape, Degree, Gradients, LayerCosts, LayerOp, LayerPass, LayerShape, ModelCosts, Pass, Planner, Policy,
+    Profile, Stage, layer_graph,
 };
 
 struct WeightsLast;
@@ -36,7 +36,7 @@ impl Policy for WeightsLast {
         Gradients::Fitted
     }
 
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
         let r = pass.degree.r;
         // Where each chunk has got to. A lane runs its tasks in the order they are added here.
         let mut ways = vec![pass.after; r];
@@ -52,7 +52,7 @@ impl Policy for WeightsLast {
             }
         }
         for s in pass.slices {
-            graph.add(s.lane, LayerOp::Reduce(s.slice), s.after)?;
+            graph.add(s.lane, LayerOp::Reduce(s.slice), pass.after)?;
         }
         let mut experts = Vec::new();
         for (chunk, way) in ways.iter_mut().enumerate() {
@@ -66,13 +66,12 @@ impl Policy for WeightsLast {
                 *way = Some(add(graph, exchange.lane, Stage::Combine(phase as u8), chunk, *way)?);
             }
         }
-        let mut gradients = experts[r - 1];
         if pass.pass == Pass::Backward {
             for (chunk, &expert) in experts.iter().enumerate() {
-                gradients = add(graph, LaneKind::Compute, Stage::WeightGrad, chunk, Some(expert))?;
+                add(graph, LaneKind::Compute, Stage::WeightGrad, chunk, Some(expert))?;
             }
         }
-        Ok(LayerEnd { output: ways[r - 1].unwrap_or(gradients), gradients })
+        Ok(())
     }
 }
 

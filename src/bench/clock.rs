@@ -156,8 +156,9 @@ impl Bench {
     /// # Errors
     /// None; devices have them.
     pub fn cpu() -> Result<Self> {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::new(Lane::cpu(), Box::<HostClock>::default(), format!("{}, {threads} threads", processor()))
+        let lane = Lane::cpu();
+        let name = lane.name()?;
+        Self::new(lane, Box::<HostClock>::default(), name)
     }
 
     /// The device of this place.
@@ -298,13 +299,6 @@ impl Bench {
         }
         Ok(Duration::from_secs_f64(self.clock.read()?.iter().sum::<f64>() / 1e3))
     }
-}
-
-/// The processor's name, where the system tells it.
-fn processor() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")).and_then(|rest| rest.split(':').nth(1));
-    name.map_or(std::env::consts::ARCH.to_owned(), |name| name.trim().to_owned())
 }
 
 #[cfg(test)]

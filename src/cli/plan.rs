@@ -181,7 +181,7 @@ fn charts(policy: &dyn Policy, model: &ModelCosts, plan: &Plan) -> Result<Vec<(S
     let (Some(costs), Some(degrees)) = (&model.blocks[block].moe, plan.degrees[block]) else { return Ok(Vec::new()) };
     let reduced = plan.windows.moe[block].iter().filter_map(|&slice| {
         let (lane, _) = model.reduce[slice.group as usize]?;
-        Some(SliceTask { slice, lane: policy.reduce_lane(lane), after: None })
+        Some(SliceTask { slice, lane: policy.reduce_lane(lane) })
     });
     let slices: Vec<SliceTask> = reduced.collect();
     Pass::ALL

@@ -126,6 +126,46 @@ pub trait Communicator: Send + Sync {
     fn abort(&self, reason: &str);
 }
 
+/// `text` of the first rank, on every rank. A collective on `lane`.
+///
+/// # Errors
+/// As [`Communicator::broadcast`].
+pub fn broadcast_text(comm: &dyn Communicator, lane: &Lane, text: &str) -> Result<String> {
+    let send = |values: &[i32]| -> Result<Vec<i32>> {
+        let data = lane.to_device(&Tensor::from_slice(values, [values.len()])?)?;
+        comm.broadcast(lane, &data, 0)?;
+        lane.to_host(&data)?.to_vec()
+    };
+    // A byte in each number: the texts are short.
+    let length = send(&[text.len() as i32])?[0] as usize;
+    let mut bytes: Vec<i32> = text.bytes().map(i32::from).collect();
+    bytes.resize(length.max(1), 0);
+    let bytes: Vec<u8> = send(&bytes)?.into_iter().take(length).map(|byte| byte as u8).collect();
+    String::from_utf8(bytes).map_err(|e| crate::Error::Comm(format!("a text from the first rank: {e}")))
+}
+
+/// The largest over ranks of each of `values`, as many on every rank. A collective on `lane`.
+///
+/// # Errors
+/// As [`Communicator::all_gather`].
+pub fn largest(comm: &dyn Communicator, lane: &Lane, values: &[f64]) -> Result<Vec<f64>> {
+    // As pairs of 32 bits: f64 is no type of a GPU's lanes.
+    let halves: Vec<i32> = values.iter().flat_map(|v| [v.to_bits() as i32, (v.to_bits() >> 32) as i32]).collect();
+    if halves.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mine = lane.to_device(&Tensor::from_slice(&halves, [halves.len()])?)?;
+    let all = lane.empty([comm.size() * halves.len()], mine.dtype())?;
+    comm.all_gather(lane, &mine, &all)?;
+    let all: Vec<i32> = lane.to_host(&all)?.to_vec()?;
+    let value = |pair: &[i32]| f64::from_bits(u64::from(pair[0] as u32) | (u64::from(pair[1] as u32) << 32));
+    let mut largest = vec![f64::MIN; values.len()];
+    for rank in all.chunks(halves.len()) {
+        largest.iter_mut().zip(rank.chunks(2)).for_each(|(most, pair)| *most = most.max(value(pair)));
+    }
+    Ok(largest)
+}
+
 /// A call that this rank cannot make is one that the others would wait for.
 fn or_abort<C: Communicator + ?Sized, T>(comm: &C, result: Result<T>) -> Result<T> {
     result.inspect_err(|e| comm.abort(&e.to_string()))

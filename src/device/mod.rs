@@ -70,6 +70,20 @@ impl Lane {
         self.kind
     }
 
+    /// The device's name: the GPU's with its number, or the processor's with the threads it runs at once.
+    ///
+    /// # Errors
+    /// If the device cannot be asked.
+    pub fn name(&self) -> Result<String> {
+        match self.device()? {
+            Some(device) => Ok(format!("{} {}", self.place(), device.name)),
+            None => {
+                let threads = std::thread::available_parallelism().map_or(1, usize::from);
+                Ok(format!("{}, {threads} threads", cpu::processor()))
+            }
+        }
+    }
+
     /// Another queue of the same device, with `share` of it where it is a GPU.
     ///
     /// # Errors

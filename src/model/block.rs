@@ -7,10 +7,11 @@ use super::norm::Norm;
 use crate::autograd::{Init, Parameter, Tape, Var};
 use crate::device::Lane;
 use crate::error::Result;
-use crate::moe::distributed::{DistributedMoe, Parallel};
+use crate::moe::distributed::{DistributedMoe, LayerPlan, Parallel};
 use crate::moe::{MoeLayer, MoeOutput, Routing, StepContext};
+use crate::schedule::{LayerOp, Pass};
 use crate::tensor::{DType, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A transformer block, pre-norm.
 pub struct Block {
@@ -21,8 +22,14 @@ pub struct Block {
 }
 
 enum FeedForward {
-    Dense(Ffn),
+    Dense { ffn: Ffn, ranks: Option<Arc<OnRank>> },
     Moe { layer: Moe, shared: Option<Ffn> },
+}
+
+/// What a block without an MoE layer has of the ranks of a world: what its backward goes on beside.
+struct OnRank {
+    parallel: Arc<Parallel>,
+    plan: Mutex<LayerPlan>,
 }
 
 /// A block's MoE layer.
@@ -130,7 +137,8 @@ impl Block {
                 shared: (width > 0).then(|| Ffn::new(&init.child("shared_expert"), config, width)).transpose()?,
             }
         } else {
-            FeedForward::Dense(Ffn::new(&init.child("mlp"), config, config.ffn)?)
+            let ranks = parallel.map(|parallel| OnRank { parallel: parallel.clone(), plan: Mutex::default() });
+            FeedForward::Dense { ffn: Ffn::new(&init.child("mlp"), config, config.ffn)?, ranks: ranks.map(Arc::new) }
         };
         Ok(Block {
             attention_norm: Norm::new(&init.child(attention_norm), config)?,
@@ -143,7 +151,7 @@ impl Block {
     /// Its parameters but for the MoE layer's gate and experts, in the order of the computation.
     pub fn dense_parameters(&self) -> Vec<Parameter> {
         let feed_forward = match &self.feed_forward {
-            FeedForward::Dense(ffn) => ffn.parameters(),
+            FeedForward::Dense { ffn, .. } => ffn.parameters(),
             FeedForward::Moe { shared, .. } => shared.as_ref().map_or(Vec::new(), Ffn::parameters),
         };
         let norms = (self.attention_norm.parameters(), self.ffn_norm.parameters());
@@ -153,7 +161,7 @@ impl Block {
     /// Its parameters, in the order of the computation.
     pub fn parameters(&self) -> Vec<Parameter> {
         let feed_forward = match &self.feed_forward {
-            FeedForward::Dense(ffn) => ffn.parameters(),
+            FeedForward::Dense { ffn, .. } => ffn.parameters(),
             FeedForward::Moe { layer, shared } => {
                 let shared = shared.as_ref().map_or(Vec::new(), Ffn::parameters);
                 [layer.parameters(), shared].concat()
@@ -171,8 +179,17 @@ impl Block {
     /// Its MoE layer; none where the FFN is dense.
     pub fn moe(&self) -> Option<&Moe> {
         match &self.feed_forward {
-            FeedForward::Dense(_) => None,
+            FeedForward::Dense { .. } => None,
             FeedForward::Moe { layer, .. } => Some(layer),
+        }
+    }
+
+    /// How the next passes go, on a rank: nothing where it is not on one.
+    pub(crate) fn set_plan(&self, plan: LayerPlan) {
+        match &self.feed_forward {
+            FeedForward::Moe { layer: Moe::Ranks(layer), .. } => layer.set_plan(plan),
+            FeedForward::Dense { ranks: Some(ranks), .. } => *ranks.plan() = plan,
+            _ => {}
         }
     }
 
@@ -211,7 +228,7 @@ impl Block {
         let x = tape.add(x, &attend(&self.attention_norm.forward(tape, x)?)?)?;
         let h = self.ffn_norm.forward(tape, &x)?;
         let (y, moe) = match &self.feed_forward {
-            FeedForward::Dense(ffn) => (ffn.forward(tape, &h)?, None),
+            FeedForward::Dense { ffn, .. } => (ffn.forward(tape, &h)?, None),
             FeedForward::Moe { layer, shared } => {
                 let out = layer.forward(tape, &h, step)?;
                 let y = match shared {
@@ -221,6 +238,28 @@ impl Block {
                 (y, Some((out.aux_loss, out.routing)))
             }
         };
-        Ok(BlockOutput { y: tape.add(&x, &y)?, moe })
+        let y = tape.add(&x, &y)?;
+        match &self.feed_forward {
+            FeedForward::Dense { ranks: Some(ranks), .. } => Ok(BlockOutput { y: ranks.boundary(tape, &y)?, moe }),
+            _ => Ok(BlockOutput { y, moe }),
+        }
+    }
+}
+
+impl OnRank {
+    fn plan(&self) -> MutexGuard<'_, LayerPlan> {
+        // A plan is replaced in one step.
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The end of the block's forward, at which its backward begins.
+    fn boundary(self: &Arc<Self>, tape: &Tape, y: &Var) -> Result<Var> {
+        let (ranks, next) = (self.clone(), self.plan().block + 1);
+        self.parallel.dense(Some(LayerOp::Dense { block: next, pass: Pass::Forward }))?;
+        Ok(tape.record1(&[y], y.value().clone(), move |_, dy| {
+            let plan = ranks.plan().clone();
+            plan.begin_dense_backward(&ranks.parallel)?;
+            Ok(vec![Some(dy.clone())])
+        }))
     }
 }

@@ -46,8 +46,8 @@ impl Plans {
         self.policies.push(PlanRow {
             policy: plan.policy.clone(),
             predicted_ms: plan.seconds * 1e3,
-            forward: commonest(plan, Pass::Forward),
-            backward: commonest(plan, Pass::Backward),
+            forward: plan.commonest(Pass::Forward),
+            backward: plan.commonest(Pass::Backward),
             speedup_over_deepspeed: reference.map(|r| r / (plan.seconds * 1e3)),
             bound_ms: bound.seconds() * 1e3,
             bound_by: if by_lane { format!("{} lane", lane_name(bound.lane)) } else { "critical path".to_owned() },
@@ -55,13 +55,6 @@ impl Plans {
             exposed_gradients_ms: exposed * 1e3,
         });
     }
-}
-
-/// The degree that most layers have; of equally common ones the first.
-fn commonest(plan: &Plan, pass: Pass) -> Option<Degree> {
-    let degrees: Vec<Degree> = plan.degrees.iter().flatten().map(|d| d[pass as usize]).collect();
-    let count = |d: &Degree| degrees.iter().filter(|other| *other == d).count();
-    degrees.iter().rev().max_by_key(|d| count(d)).copied()
 }
 
 impl fmt::Display for Plans {

@@ -15,12 +15,13 @@ mod pipeline;
 mod plan;
 pub mod policy;
 mod profile;
+mod share;
 mod step;
 mod workload;
 
 pub use cost::Cost;
 pub use op::{GradGroup, LayerOp, Pass, Slice, Stage};
-pub use pipeline::{Degree, LayerEnd, LayerPass, SliceTask, pipeline};
+pub use pipeline::{Degree, LayerPass, SliceTask, pipeline};
 pub use plan::{Candidate, Plan, Planner};
 pub use policy::{Gradients, Policy};
 pub use profile::{Collective, CollectiveCosts, ComputeCosts, Profile};

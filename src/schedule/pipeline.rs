@@ -29,8 +29,6 @@ pub struct SliceTask {
     pub slice: Slice,
     /// Where.
     pub lane: LaneKind,
-    /// The task that completes it.
-    pub after: Option<TaskId>,
 }
 
 /// What a policy is to add to a graph: one pass through one block's MoE layer.
@@ -44,17 +42,8 @@ pub struct LayerPass<'a> {
     pub degree: Degree,
     /// What gives the layer its input; none if it is there.
     pub after: Option<TaskId>,
-    /// The slices of gradients to be reduced meanwhile.
+    /// The slices of gradients to be reduced meanwhile: complete when the pass begins.
     pub slices: &'a [SliceTask],
-}
-
-/// The tasks that end a pass through a layer.
-#[derive(Clone, Copy, Debug)]
-pub struct LayerEnd {
-    /// When it has ended, so has every chunk's way.
-    pub output: TaskId,
-    /// When it has ended, the experts' gradients are complete (forward: the last expert task).
-    pub gradients: TaskId,
 }
 
 /// Adds a pass in chunks. Chunk i's way is D_i → AG_i → E_i → RS_i → C_i; backward, W_i follows E_i and nothing waits for
@@ -71,7 +60,7 @@ pub struct LayerEnd {
 ///
 /// # Errors
 /// If the degree is not one that the layer can be cut in.
-pub fn pipeline(graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+pub fn pipeline(graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
     let Degree { r, d } = pass.degree;
     if r == 0 || r > costs.max_chunks.min(MAX_CHUNKS) || d == 0 || d > r {
         let most = costs.max_chunks.min(MAX_CHUNKS);
@@ -102,12 +91,10 @@ pub fn pipeline(graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &Layer
     for i in 0..d {
         gather(i, &mut way)?;
     }
-    let mut gradients = None;
     for i in 0..r {
         let expert = way.stage(i, Stage::Expert, LaneKind::Compute)?;
-        gradients = Some(expert);
         if pass.pass == Pass::Backward {
-            gradients = Some(way.beside(i, Stage::WeightGrad, LaneKind::Compute, expert)?);
+            way.beside(i, Stage::WeightGrad, LaneKind::Compute, expert)?;
         }
         if let Some(reduce_scatter) = costs.reduce_scatter {
             way.stage(i, Stage::ReduceScatter, reduce_scatter.lane)?;
@@ -121,11 +108,7 @@ pub fn pipeline(graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &Layer
         }
     }
     way.combine(r - 1, &costs.combine, back..costs.combine.len())?;
-    way.slices(|lane| !in_window(lane))?;
-    match (way.ends[r - 1], gradients) {
-        (Some(output), Some(gradients)) => Ok(LayerEnd { output, gradients }),
-        _ => config_err!("a layer without a task"),
-    }
+    way.slices(|lane| !in_window(lane))
 }
 
 /// How many phases there are up to the one between nodes; all, if there is none.
@@ -171,7 +154,7 @@ impl Way<'_> {
     /// The slices on some of the lanes.
     fn slices(&mut self, which: impl Fn(LaneKind) -> bool) -> Result<()> {
         for s in self.pass.slices.iter().filter(|s| which(s.lane)) {
-            self.graph.add(s.lane, LayerOp::Reduce(s.slice), s.after)?;
+            self.graph.add(s.lane, LayerOp::Reduce(s.slice), self.pass.after)?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The planner: exact search on the simulator.
 
+use super::share::{Choice, choices, share};
 use super::step::Pending;
 use super::{
     BlockCosts, Degree, GradGroup, Gradients, LayerCosts, LayerOp, LayerPass, ModelCosts, Pass, Policy, Slice,
@@ -35,6 +36,15 @@ pub struct Candidate {
     pub around: [f64; 3],
 }
 
+impl Plan {
+    /// How layers are cut in a pass: as most are; of equally common ways the first.
+    pub fn commonest(&self, pass: Pass) -> Option<Degree> {
+        let degrees: Vec<Degree> = self.degrees.iter().flatten().map(|d| d[pass as usize]).collect();
+        let count = |d: &Degree| degrees.iter().filter(|other| *other == d).count();
+        degrees.iter().rev().max_by_key(|d| count(d)).copied()
+    }
+}
+
 impl Candidate {
     /// By lane: the longest slice that the pass is not longer for.
     pub fn idle(&self) -> [f64; 3] {
@@ -43,12 +53,7 @@ impl Candidate {
 }
 
 /// Less than this part of a time is rounding: equally fast, and the first is taken.
-const ROUNDING: f64 = 1e-12;
-
-/// How much a second of a lane's idle time is worth beside a second of the pass, when gradients are left over. The best
-/// price depends on how much is left, so all are tried; at 0 every pass is the fastest alone, at 1 it takes the most
-/// gradients per second of delay.
-const PRICES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
+pub(super) const ROUNDING: f64 = 1e-12;
 
 /// Makes plans. Reused, it keeps its memory: a graph is built and simulated in microseconds.
 #[derive(Debug, Default)]
@@ -77,8 +82,7 @@ impl Planner {
     ) -> Result<Vec<Candidate>> {
         // A slice per lane, told apart by their bytes, whose costs are what is tried.
         let slice = |lane: LaneKind| Slice { group: GradGroup::Dense, begin: 0, end: 1 + lane as u64 };
-        let slices: Vec<SliceTask> =
-            lanes.iter().map(|&lane| SliceTask { slice: slice(lane), lane, after: None }).collect();
+        let slices: Vec<SliceTask> = lanes.iter().map(|&lane| SliceTask { slice: slice(lane), lane }).collect();
         let mut candidates = Vec::new();
         for degree in policy.degrees(costs) {
             self.graph.clear();
@@ -122,10 +126,12 @@ impl Planner {
             config_err!("a plan for a model without blocks");
         }
         let choices = Choices::new(self, policy, model)?;
-        let prices = if policy.gradients() == Gradients::Fitted { &PRICES[..] } else { &PRICES[..1] };
+        let plans = match policy.gradients() {
+            Gradients::Fitted => choices.shared(policy, model),
+            _ => vec![choices.plan(policy, model)],
+        };
         let mut best: Option<Plan> = None;
-        for &price in prices {
-            let mut plan = choices.plan(policy, model, price);
+        for mut plan in plans {
             let graph = step_graph(policy, model, &plan)?;
             plan.seconds = self.simulator.makespan(&graph, |op| model.seconds(op));
             if best.as_ref().is_none_or(|best| plan.seconds < best.seconds * (1.0 - ROUNDING)) {
@@ -266,8 +272,17 @@ impl Choices {
         Ok(choices)
     }
 
-    /// A plan in which a second of idle time that gradients fill is worth `price` seconds.
-    fn plan(&self, policy: &dyn Policy, model: &ModelCosts, price: f64) -> Plan {
+    /// The best plans in which gradients are fitted into the time that is left.
+    fn shared(&self, policy: &dyn Policy, model: &ModelCosts) -> Vec<Plan> {
+        let layers: Vec<Vec<Choice>> = self.layers.iter().map(|layer| choices(policy, layer)).collect();
+        let of_block: Vec<Option<&[Choice]>> =
+            self.of_block.iter().map(|layer| layer.map(|layer| &layers[layer][..])).collect();
+        share(policy, model, &of_block)
+    }
+
+    /// The plan in which every layer is the fastest it can be, and gradients are reduced where the policy always has them:
+    /// after the backward, if it fits them.
+    fn plan(&self, policy: &dyn Policy, model: &ModelCosts) -> Plan {
         let blocks = model.blocks.len();
         let windows = Windows { moe: vec![Vec::new(); blocks], dense: vec![Vec::new(); blocks], after: Vec::new() };
         let mut plan = Plan { policy: policy.name().to_owned(), degrees: vec![None; blocks], windows, seconds: 0.0 };
@@ -275,32 +290,26 @@ impl Choices {
         for (i, block) in model.blocks.iter().enumerate().rev() {
             if let Some(layer) = self.of_block[i] {
                 let [forward, backward] = &self.layers[layer];
-                let wanted = pending.seconds(policy);
-                let worth = |c: &Candidate| {
-                    let filled: f64 = c.idle().iter().zip(wanted).map(|(idle, wanted)| idle.min(wanted)).sum();
-                    c.seconds - price * filled
-                };
                 let (f, b) = if policy.same_both_ways() {
-                    let same = first_least(forward.iter().zip(backward).map(|(f, b)| f.seconds + worth(b)));
+                    let same = first_least(forward.iter().zip(backward).map(|(f, b)| f.seconds + b.seconds));
                     (same, same)
                 } else {
-                    (first_least(forward.iter().map(|c| c.seconds)), first_least(backward.iter().map(worth)))
+                    let least = |all: &[Candidate]| first_least(all.iter().map(|c| c.seconds));
+                    (least(forward), least(backward))
                 };
                 plan.degrees[i] = Some([forward[f].degree, backward[b].degree]);
                 plan.windows.moe[i] = match policy.gradients() {
-                    Gradients::After | Gradients::WithDense => Vec::new(),
                     Gradients::Pieces(size) => pending.pieces(policy, backward[b].idle(), size),
-                    Gradients::Fitted => pending.fitted(policy, backward[b].idle()),
+                    _ => Vec::new(),
                 };
             }
             pending.complete(block.moe_gradients);
             // Nothing is exchanged meanwhile: the lanes are free for as long as it takes.
             let idle = [block.dense[1]; 3];
             plan.windows.dense[i] = match policy.gradients() {
-                Gradients::After => Vec::new(),
                 Gradients::WithDense => pending.all(),
                 Gradients::Pieces(size) => pending.pieces(policy, idle, size),
-                Gradients::Fitted => pending.fitted(policy, idle),
+                _ => Vec::new(),
             };
             pending.complete(block.dense_gradients);
         }

@@ -63,6 +63,10 @@ pub struct Profile {
 pub struct ComputeCosts {
     /// A matrix product, by its FLOPs.
     pub gemm: Cost,
+    /// One of an expert's products, where it was measured apart: by its FLOPs, with what goes with it (its activation, for
+    /// one), the mean of the forward, the data gradient and the weight gradient.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert: Option<Cost>,
 }
 
 /// A cost for every collective that was measured.
@@ -152,6 +156,7 @@ impl Profile {
             config_err!("element_bytes = {}: it is 1 to 8", self.element_bytes);
         }
         self.compute.gemm.validate("compute.gemm")?;
+        self.compute.expert.map_or(Ok(()), |cost| cost.validate("compute.expert"))?;
         for (lane, costs) in [("intra-node", &self.intra_node), ("inter-node", &self.inter_node)] {
             for &kind in Collective::ALL {
                 costs.get(kind).map_or(Ok(()), |cost| cost.validate(&format!("{lane}.{kind}")))?;

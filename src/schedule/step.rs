@@ -2,7 +2,7 @@
 
 use super::{GradGroup, LayerCosts, LayerOp, LayerPass, ModelCosts, Pass, Plan, Policy, Slice, SliceTask};
 use crate::device::LaneKind;
-use crate::engine::{TaskGraph, TaskId};
+use crate::engine::{LANES, TaskGraph, TaskId};
 use crate::error::{Result, config_err};
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +28,10 @@ pub fn layer_graph(policy: &dyn Policy, costs: &LayerCosts, pass: &LayerPass<'_>
 }
 
 /// A whole step: forward through all blocks, backward through all blocks, each slice of gradients where the plan has it.
-/// Dense parts and MoE layers follow one another; slices wait for what completes them.
+///
+/// Dense parts and passes through MoE layers follow one another: a part begins when every task of the one before it has
+/// ended, slices beside a pass included. Those beside a dense part run at the ends of their lanes' queues, from when it
+/// begins; those after the backward when all of it has ended.
 ///
 /// # Errors
 /// If the plan is not one of this model: a degree is missing, or a slice is to be reduced before it is complete.
@@ -37,7 +40,7 @@ pub fn step_graph(policy: &dyn Policy, model: &ModelCosts, plan: &Plan) -> Resul
     if [plan.degrees.len(), plan.windows.moe.len(), plan.windows.dense.len()] != [blocks; 3] {
         config_err!("a plan for {} blocks, of a model of {blocks}", plan.degrees.len());
     }
-    let mut step = Step { graph: TaskGraph::new(), policy, model, plan, last: None, complete: Default::default() };
+    let mut step = Step { graph: TaskGraph::new(), policy, model, plan, last: Vec::new(), complete: [0; 3] };
     for (block, costs) in model.blocks.iter().enumerate() {
         step.dense(block, Pass::Forward)?;
         if let Some(moe) = &costs.moe {
@@ -46,19 +49,19 @@ pub fn step_graph(policy: &dyn Policy, model: &ModelCosts, plan: &Plan) -> Resul
     }
     for (block, costs) in model.blocks.iter().enumerate().rev() {
         if let Some(moe) = &costs.moe {
-            let gradients = step.moe(block, moe, Pass::Backward)?;
-            step.complete(costs.moe_gradients, gradients);
+            step.moe(block, moe, Pass::Backward)?;
+            step.complete(costs.moe_gradients);
         }
+        let begin = step.last.clone();
         for s in step.slices(&plan.windows.dense[block])? {
-            step.graph.add(s.lane, LayerOp::Reduce(s.slice), s.after)?;
+            step.graph.add(s.lane, LayerOp::Reduce(s.slice), begin.iter().copied())?;
         }
-        let dense = step.dense(block, Pass::Backward)?;
-        step.complete(costs.dense_gradients, dense);
+        step.dense(block, Pass::Backward)?;
+        step.complete(costs.dense_gradients);
     }
-    // "After the backward" is after all of it, also of what is complete long before.
-    let last = step.last;
+    let last = step.last.clone();
     for s in step.slices(&plan.windows.after)? {
-        step.graph.add(s.lane, LayerOp::Reduce(s.slice), last)?;
+        step.graph.add(s.lane, LayerOp::Reduce(s.slice), last.iter().copied())?;
     }
     Ok(step.graph)
 }
@@ -68,46 +71,45 @@ struct Step<'a> {
     policy: &'a dyn Policy,
     model: &'a ModelCosts,
     plan: &'a Plan,
-    last: Option<TaskId>,
-    /// By group: up to which byte gradients are complete when which task has ended.
-    complete: [Vec<(u64, TaskId)>; 3],
+    /// What the next part waits for: the last task of each lane that the part before it used.
+    last: Vec<TaskId>,
+    /// By group: the bytes of gradients that are complete.
+    complete: [u64; 3],
 }
 
 impl Step<'_> {
-    fn dense(&mut self, block: usize, pass: Pass) -> Result<TaskId> {
-        let id = self.graph.add(LaneKind::Compute, LayerOp::Dense { block, pass }, self.last)?;
-        self.last = Some(id);
-        Ok(id)
+    fn dense(&mut self, block: usize, pass: Pass) -> Result<()> {
+        let id = self.graph.add(LaneKind::Compute, LayerOp::Dense { block, pass }, self.last.iter().copied())?;
+        self.last = vec![id];
+        Ok(())
     }
 
-    /// Returns the task that completes the experts' gradients.
-    fn moe(&mut self, block: usize, costs: &LayerCosts, pass: Pass) -> Result<TaskId> {
+    fn moe(&mut self, block: usize, costs: &LayerCosts, pass: Pass) -> Result<()> {
         let Some(degrees) = self.plan.degrees[block] else {
             config_err!("a plan without a degree for the MoE layer of block {}", block + 1);
         };
         let none = Vec::new();
         let slices = self.slices(if pass == Pass::Backward { &self.plan.windows.moe[block] } else { &none })?;
         let degree = degrees[pass as usize];
-        let part = LayerPass { block, pass, degree, after: self.last, slices: &slices };
-        let end = self.policy.layer(&mut self.graph, costs, &part)?;
-        self.last = Some(end.output);
-        Ok(end.gradients)
+        // Before it comes a dense part, which is one task.
+        let part = LayerPass { block, pass, degree, after: self.last.last().copied(), slices: &slices };
+        let first = self.graph.len();
+        self.policy.layer(&mut self.graph, costs, &part)?;
+        let ends = LANES.map(|lane| self.graph.on_lane(lane).last().copied());
+        self.last = ends.into_iter().flatten().filter(|id| id.index() >= first).collect();
+        Ok(())
     }
 
-    fn complete(&mut self, bytes: [u64; 3], by: TaskId) {
-        for (complete, bytes) in self.complete.iter_mut().zip(bytes) {
-            let before = complete.last().map_or(0, |c| c.0);
-            complete.push((before + bytes, by));
-        }
+    fn complete(&mut self, bytes: [u64; 3]) {
+        self.complete.iter_mut().zip(bytes).for_each(|(complete, bytes)| *complete += bytes);
     }
 
     fn slices(&self, slices: &[Slice]) -> Result<Vec<SliceTask>> {
         let task = |slice: &Slice| {
             let group = slice.group as usize;
-            let complete = self.complete[group].iter().find(|c| c.0 >= slice.end);
-            match (self.model.reduce[group], complete) {
-                (Some((lane, _)), Some(&(_, after))) if slice.begin < slice.end => {
-                    Ok(SliceTask { slice: *slice, lane: self.policy.reduce_lane(lane), after: Some(after) })
+            match self.model.reduce[group] {
+                Some((lane, _)) if slice.begin < slice.end && slice.end <= self.complete[group] => {
+                    Ok(SliceTask { slice: *slice, lane: self.policy.reduce_lane(lane) })
                 }
                 _ => {
                     let (Slice { begin, end, .. }, group) = (slice, slice.group.name());
@@ -152,6 +154,11 @@ impl<'a> Pending<'a> {
         let begin = self.reduced[group as usize];
         self.reduced[group as usize] += bytes;
         Slice { group, begin, end: begin + bytes }
+    }
+
+    /// Whether of no group more is left here.
+    pub(super) fn is_at_most(&self, other: &Pending<'_>) -> bool {
+        GradGroup::ALL.into_iter().all(|group| self.bytes(group) <= other.bytes(group))
     }
 
     /// Seconds that all of it takes, by the lane it runs on.

@@ -50,7 +50,7 @@ fn simulate(
     degree: Degree,
     slice: Option<(LaneKind, f64)>,
 ) -> f64 {
-    let slices: Vec<SliceTask> = slice.iter().map(|&(lane, _)| SliceTask { slice: SLICE, lane, after: None }).collect();
+    let slices: Vec<SliceTask> = slice.iter().map(|&(lane, _)| SliceTask { slice: SLICE, lane }).collect();
     let part = LayerPass { block: 0, pass, degree, after: None, slices: &slices };
     let graph = layer_graph(policy, costs, &part).unwrap();
     let time = slice.map_or(0.0, |s| s.1);
@@ -280,12 +280,7 @@ fn simulate_forward(planner: &mut Planner, costs: &LayerCosts, r: usize) -> f64 
         fn gradients(&self) -> Gradients {
             Gradients::After
         }
-        fn layer(
-            &self,
-            graph: &mut TaskGraph<LayerOp>,
-            costs: &LayerCosts,
-            pass: &LayerPass<'_>,
-        ) -> crate::Result<LayerEnd> {
+        fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> crate::Result<()> {
             pipeline(graph, costs, pass)
         }
     }
@@ -295,7 +290,7 @@ fn simulate_forward(planner: &mut Planner, costs: &LayerCosts, r: usize) -> f64 
 #[test]
 fn orders_of_the_lanes() {
     let graph = |policy: &dyn Policy, costs: &LayerCosts, pass, r, d| {
-        let slices = [SliceTask { slice: SLICE, lane: InterNode, after: None }];
+        let slices = [SliceTask { slice: SLICE, lane: InterNode }];
         let part = LayerPass { block: 0, pass, degree: Degree { r, d }, after: None, slices: &slices };
         layer_graph(policy, costs, &part).unwrap()
     };

@@ -128,7 +128,7 @@ impl LayerCosts {
             all_gather: esp(Collective::AllGather)?,
             // N_ESP times the tokens, one N_ESP-th of H.
             expert: Work {
-                cost: profile.compute.gemm,
+                cost: profile.compute.expert.unwrap_or(profile.compute.gemm),
                 n: 2.0 * rows * hidden as f64 * ffn as f64,
                 times: gemms as f64,
             },

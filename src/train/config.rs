@@ -143,8 +143,15 @@ settings! {
     a2a: AllToAllKind,
     /// Schedule: deepspeed, tutel, tutel-improved, pipemoe-lina, no-iio or fsmoe (the default)
     schedule: String,
-    /// Costs that schedules are planned by: fsmoe-paper, or a TOML file; without it, nominal costs
+    /// Costs that schedules are planned by: fsmoe-paper, or a TOML file; without it, those of these ranks, measured once and
+    /// kept in the user's cache
     profile: String,
+    /// Measure the ranks' costs anew
+    #[arg(num_args = 0..=1, default_missing_value = "true")]
+    reprofile: bool,
+    /// Neither read nor write the cache of costs and plans
+    #[arg(num_args = 0..=1, default_missing_value = "true")]
+    no_cache: bool,
     /// How ranks talk: local, threads of this process
     comm: CommKind,
     /// Seconds that a rank waits for the others (600)

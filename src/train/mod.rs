@@ -1,5 +1,6 @@
 //! Training: data, optimizer, the loop, checkpoints, and the folder of a run.
 
+mod cache;
 mod ceiling;
 pub mod checkpoint;
 mod config;
@@ -19,7 +20,9 @@ mod world;
 pub use config::{Settings, TrainConfig};
 pub use memory::MemoryEstimate;
 pub use optimizer::{Optimizer, OptimizerConfig, SumOverExperts};
+pub(crate) use plans::block_shapes;
 pub use run::{Metrics, RunDir};
 pub use session::{Request, train};
 pub use trainer::{StepOutcome, Trainer};
-pub use world::{CommKind, WorldConfig};
+pub use world::{CacheUse, CommKind, WorldConfig};
+pub(crate) use {plans::StepPlan, ranks::Ranks};

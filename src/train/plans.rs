@@ -1,78 +1,112 @@
-//! Plans for the MoE layers of a run over ranks.
+//! Plans for the steps of a run over ranks, and the costs that they are made of.
 
+use super::cache::Cache;
 use super::world::WorldConfig;
 use crate::autograd::Parameter;
-use crate::comm::{AllToAllKind, Topology};
-use crate::error::Result;
+use crate::comm::{AllToAllKind, Topology, broadcast_text};
+use crate::device::LaneKind;
+use crate::error::{Error, Result};
 use crate::model::{Block, Transformer};
 use crate::moe::Capacity;
-use crate::moe::distributed::{GradientBuffers, LayerPlan};
+use crate::moe::distributed::{Parallel, Subject, measure};
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
-use crate::schedule::{
-    BlockShape, CollectiveCosts, ComputeCosts, Cost, Degree, LayerShape, ModelCosts, Planner, Policy, Profile, Slice,
-    policy,
-};
+use crate::schedule::{BlockShape, LayerShape, ModelCosts, Plan, Planner, Policy, Profile, policy};
 use std::sync::Arc;
+use std::time::Duration;
 
-/// What threads that share a machine's cores cost each other, in orders of magnitude: plans need costs before there is a
-/// measured profile.
-fn nominal() -> Profile {
-    let cost = |alpha, beta| Cost { alpha, beta, r2: None };
-    let exchange = Some(cost(5e-5, 2e-10));
-    let collectives =
-        CollectiveCosts { all_to_all: exchange, all_gather: exchange, reduce_scatter: exchange, all_reduce: exchange };
-    Profile {
-        name: "threads".to_owned(),
-        source: "nominal costs".to_owned(),
-        element_bytes: 4,
-        compute: ComputeCosts { gemm: cost(2e-5, 1e-10) },
-        intra_node: collectives,
-        inter_node: collectives,
-    }
+/// A plan and whose it is.
+#[derive(Clone)]
+pub(crate) struct StepPlan {
+    pub(crate) policy: Arc<dyn Policy>,
+    pub(crate) plan: Plan,
 }
 
-/// A plan for every MoE layer of `model`, front to back, on micro-batches of T = `tokens` tokens of an MP group.
+/// For how long costs are measured at the beginning of a run.
+const MEASURE: Duration = Duration::from_millis(800);
+
+/// A plan for the steps of a run whose micro-batches have `tokens` tokens for each MP group: on all ranks the first one's. What
+/// is worth telling is added to `notes`. A collective.
 ///
 /// # Errors
-/// If the profile cannot be read, or lacks a cost that the world needs.
-pub(super) fn plans(
+/// If a profile cannot be read, or lacks a cost that the world needs; if a rank fails or never comes.
+pub(super) fn of_run(
     config: &WorldConfig,
+    parallel: &Parallel,
     model: &Transformer,
     tokens: usize,
-    gradients: &Arc<GradientBuffers>,
-) -> Result<Vec<LayerPlan>> {
-    let topology = Topology::new(config.sizes)?;
-    let profile = config.profile.as_deref().map_or_else(|| Ok(nominal()), Profile::find)?;
+    notes: &mut Vec<String>,
+) -> Result<StepPlan> {
+    let (groups, lane) = (parallel.groups(), parallel.lane(LaneKind::Compute));
+    let (topology, world) = (groups.topology(), groups.world());
+    let leads = groups.rank() == 0;
+    let cache = if leads { Cache::new(config.cache, notes) } else { Cache::none() };
+    let blocks = block_shapes(model, tokens, topology, config.all_to_all);
+    let profile = match &config.profile {
+        Some(name) => Profile::find(name)?,
+        None => {
+            let key = machine(parallel, model, &blocks, config)?;
+            let known = cache.profile(&key, notes).map_or(Ok(String::new()), |p| p.to_toml())?;
+            let text = broadcast_text(&**world, lane, &known)?;
+            if text.is_empty() {
+                let measured = measure(parallel, &subject(model, &blocks, topology))?.profile;
+                cache.keep_profile(&key, &measured, notes);
+                measured
+            } else {
+                Profile::from_toml(&text)?
+            }
+        }
+    };
     // Slices are bytes of these gradients, whatever the profile was measured with.
     let profile = Profile { element_bytes: model.dtype().size(), ..profile };
     let policy: Arc<dyn Policy> = Arc::from(policy::by_name(&config.schedule)?);
-
-    let mut blocks: Vec<BlockShape> =
-        model.blocks().iter().map(|block| shape(model, block, tokens, &topology, config.all_to_all)).collect();
-    // The last norm and the output projection come after the blocks; embeddings are complete when nothing is left to
-    // overlap their sum.
-    blocks.push(dense(&model.outer_parameters().1, tokens, &topology));
-    let costs = ModelCosts::new(&blocks, &topology, &profile)?;
-    let plan = Planner::new().plan(&*policy, &costs)?;
-
-    let mut plans: Vec<LayerPlan> = Vec::new();
-    // Of windows that no MoE layer opens: summed in the next one's, when what they hold is surely complete.
-    let mut waiting: Vec<Slice> = Vec::new();
-    for (b, degrees) in plan.degrees.iter().enumerate().rev() {
-        let (moe, dense) = (&plan.windows.moe[b], &plan.windows.dense[b]);
-        let Some(degrees) = *degrees else {
-            waiting.extend(dense);
-            continue;
-        };
-        let mut slices = std::mem::take(&mut waiting);
-        slices.extend(moe);
-        let degrees: [Degree; 2] = degrees;
-        let gradients = Some(gradients.clone());
-        plans.push(LayerPlan { policy: policy.clone(), degrees, slices, after: dense.clone(), gradients });
+    let costs = ModelCosts::new(&blocks, topology, &profile)?;
+    let mut text = String::new();
+    if leads {
+        let key = format!("{}\n{costs:?}\n", policy.name());
+        let known = cache.plan(&key, notes);
+        let plan = known.map_or_else(|| Planner::new().plan(&*policy, &costs), Ok)?;
+        cache.keep_plan(&key, &plan, notes);
+        text = serde_json::to_string(&plan).map_err(|e| Error::Config(format!("a plan as JSON: {e}")))?;
     }
-    plans.reverse();
-    Ok(plans)
+    let text = broadcast_text(&**world, lane, &text)?;
+    let plan = serde_json::from_str(&text).map_err(|e| Error::Config(format!("the first rank's plan: {e}")))?;
+    Ok(StepPlan { policy, plan })
+}
+
+/// What decides the costs: the machine, the ranks and what they compute.
+fn machine(parallel: &Parallel, model: &Transformer, blocks: &[BlockShape], config: &WorldConfig) -> Result<String> {
+    let device = parallel.lane(LaneKind::Compute).name()?;
+    let shape = blocks.iter().find_map(|block| block.moe);
+    let (sizes, all_to_all) = (config.sizes, config.all_to_all);
+    Ok(format!("{device}\n{sizes:?}\n{:?}\n{all_to_all}\n{}\n{shape:?}\n", config.comm, model.dtype()))
+}
+
+/// What is measured for a model.
+fn subject(model: &Transformer, blocks: &[BlockShape], topology: &Topology) -> Subject {
+    let config = model.config().moe_layer();
+    let moe = blocks.iter().find_map(|block| block.moe);
+    let (tokens, per_token) = moe.map_or((1, 1.0), |moe| (moe.tokens, moe.rows_per_token));
+    let rows = ((tokens as f64 * per_token) as usize).max(1) * topology.sizes().esp;
+    let bytes = (rows * config.hidden * model.dtype().size()).clamp(64 << 10, 32 << 20);
+    Subject { dtype: model.dtype(), layer: config, rows, dense_rows: tokens, bytes, budget: MEASURE }
+}
+
+/// What each block of a model is, on micro-batches of `tokens` tokens of an MP group; what comes after the blocks is one more.
+/// The embedding's gradients count with the first: they are complete when its backward has ended.
+pub(crate) fn block_shapes(
+    model: &Transformer,
+    tokens: usize,
+    topology: &Topology,
+    all_to_all: AllToAllKind,
+) -> Vec<BlockShape> {
+    let mut blocks: Vec<BlockShape> =
+        model.blocks().iter().map(|block| shape(model, block, tokens, topology, all_to_all)).collect();
+    let (first, last) = model.outer_parameters();
+    blocks.push(dense(&last, tokens, topology));
+    let embeddings: usize = first.iter().map(Parameter::elements).sum();
+    blocks[0].sharded += (embeddings * topology.sizes().mp) as u64;
+    blocks
 }
 
 /// A part of the model that every MP rank computes for itself: as many products as parameters that are matrices.
@@ -99,8 +133,7 @@ fn shape(
 ) -> BlockShape {
     let mut shape = dense(&block.dense_parameters(), tokens, topology);
     let Some(layer) = block.moe().and_then(|moe| moe.ranks()) else { return shape };
-    let config = layer.config();
-    let mp = topology.sizes().mp;
+    let (config, mp) = (layer.config(), topology.sizes().mp);
     let own = tokens / mp;
     let rows_per_token = match (config.gate, config.capacity) {
         (GateKind::Soft, _) => (config.experts * config.soft_slots * config.groups) as f64 / own as f64,

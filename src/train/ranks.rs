@@ -1,26 +1,24 @@
 //! One rank of a run over several: its share of the work, the gradients it sums with the others, and the tensors that only
 //! all of them together hold.
 
-use super::plans::plans;
-use super::world::WorldConfig;
+use super::plans::StepPlan;
 use crate::autograd::Parameter;
 use crate::comm::{GroupKind, Sizes};
 use crate::device::Lane;
-use crate::error::Result;
+use crate::error::{Result, config_err};
 use crate::model::Transformer;
 use crate::moe::RoutingStats;
 use crate::moe::distributed::{DistributedMoe, GradientBuffers, LayerPlan, Parallel, Shard};
-use crate::schedule::GradGroup;
+use crate::schedule::{Degree, GradGroup, LayerOp, Pass, Slice};
 use crate::tensor::Tensor;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// One rank of a run.
-pub(super) struct Ranks {
+/// One rank of a run: what goes with a step of its part of the model.
+pub(crate) struct Ranks {
     parallel: Arc<Parallel>,
     gradients: Arc<GradientBuffers>,
-    /// Of each MoE layer, front to back, for a step's last micro-batch.
-    plans: Vec<LayerPlan>,
+    plan: StepPlan,
     /// By name, which part of a parameter this rank holds, of those that it does not hold whole.
     shards: HashMap<String, Shard>,
 }
@@ -49,24 +47,37 @@ fn by_completion(model: &Transformer) -> Vec<(Parameter, GradGroup)> {
 }
 
 impl Ranks {
-    /// The rank of `parallel`, whose part of the model is `model`; `tokens` is T of its MP group in a micro-batch.
+    /// The rank of `parallel`, whose part of the model is `model`. `ends` is what [`GradientBuffers::planned_for`] takes, for a
+    /// model that is an image of a larger one.
     ///
     /// # Errors
-    /// If no plan can be made, or the device has no memory left.
-    pub(super) fn new(
+    /// If the device has no memory left.
+    pub(crate) fn new(
         lane: &Lane,
-        world: &WorldConfig,
         parallel: &Arc<Parallel>,
         model: &Transformer,
-        tokens: usize,
+        plan: StepPlan,
+        ends: Option<[Vec<(u64, u64)>; 3]>,
     ) -> Result<Self> {
-        let gradients = Arc::new(GradientBuffers::new(lane, parallel.groups(), &by_completion(model))?);
-        let plans = plans(world, model, tokens, &gradients)?;
+        let mut gradients = GradientBuffers::new(lane, parallel.groups(), &by_completion(model))?;
+        if let Some(ends) = ends {
+            gradients = gradients.planned_for(ends)?;
+        }
         let shards = layers(model).flat_map(|layer| {
             let names = layer.expert_parameters().into_iter().map(|p| p.name().to_owned());
             names.zip(layer.shards().to_vec()).collect::<Vec<_>>()
         });
-        Ok(Ranks { parallel: parallel.clone(), gradients, plans, shards: shards.collect() })
+        Ok(Ranks { parallel: parallel.clone(), gradients: Arc::new(gradients), plan, shards: shards.collect() })
+    }
+
+    /// From the next step on, this plan.
+    pub(crate) fn set_plan(&mut self, plan: StepPlan) {
+        self.plan = plan;
+    }
+
+    /// The gradients.
+    pub(crate) fn gradients(&self) -> &GradientBuffers {
+        &self.gradients
     }
 
     fn sizes(&self) -> Sizes {
@@ -87,32 +98,57 @@ impl Ranks {
     ///
     /// # Errors
     /// If the device fails.
-    pub(super) fn zero_grad(&self, lane: &Lane) -> Result<()> {
+    pub(crate) fn zero_grad(&self, lane: &Lane) -> Result<()> {
         self.gradients.zero(lane)
     }
 
-    /// Before a micro-batch: gradients are summed during the last one's backward.
-    pub(super) fn begin(&self, model: &Transformer, last: bool) {
-        for (layer, plan) in layers(model).zip(&self.plans) {
-            let mut plan = plan.clone();
-            if !last {
-                (plan.slices, plan.after) = (Vec::new(), Vec::new());
-            }
-            layer.set_plan(plan);
-        }
-    }
-
-    /// After the last micro-batch's backward: sums what has not been summed.
+    /// Begins a micro-batch's forward: gradients are summed during the last one's backward.
     ///
     /// # Errors
-    /// If a rank fails or never comes.
-    pub(super) fn finish(&self) -> Result<()> {
-        self.parallel.settle()?;
-        for slice in self.gradients.rest() {
-            let lane = self.parallel.groups().lane(slice.group.kind());
-            self.parallel.beside(lane, |lane| self.gradients.reduce(lane, slice))?;
+    /// If the device fails.
+    pub(crate) fn begin(&self, model: &Transformer, last: bool) -> Result<()> {
+        let StepPlan { policy, plan } = &self.plan;
+        for (b, block) in model.blocks().iter().enumerate() {
+            let slices = |window: &[Vec<_>]| if last { window[b].clone() } else { Vec::new() };
+            block.set_plan(LayerPlan {
+                policy: policy.clone(),
+                block: b,
+                degrees: plan.degrees[b].unwrap_or([Degree::all_first(1); 2]),
+                slices: slices(&plan.windows.moe),
+                after: slices(&plan.windows.dense),
+                gradients: Some(self.gradients.clone()),
+            });
         }
-        Ok(())
+        self.parallel.dense(Some(LayerOp::Dense { block: 0, pass: Pass::Forward }))
+    }
+
+    /// Begins its backward, with what comes after the blocks.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(crate) fn turn(&self, model: &Transformer) -> Result<()> {
+        self.parallel.dense(Some(LayerOp::Dense { block: model.blocks().len(), pass: Pass::Backward }))
+    }
+
+    /// After the last micro-batch's backward: sums what is to be summed then, and waits for it and all that is under way.
+    ///
+    /// # Errors
+    /// If a rank fails or never comes, or gradients are left that the plan does not have.
+    pub(crate) fn finish(&self) -> Result<()> {
+        self.parallel.dense(None)?;
+        let StepPlan { policy, plan } = &self.plan;
+        for &slice in &plan.windows.after {
+            let lane = policy.reduce_lane(self.parallel.groups().lane(slice.group.kind()));
+            self.parallel.submit(lane, self.gradients.clone(), slice)?;
+        }
+        self.parallel.settle()?;
+        let alone = |slice: &Slice| self.parallel.groups().get(slice.group.kind()).size() == 1;
+        match self.gradients.rest().into_iter().find(|slice| !alone(slice)) {
+            None => Ok(()),
+            Some(Slice { group, begin, end }) => {
+                config_err!("bytes {begin}..{end} of the {} gradients are in no slice of the plan", group.name())
+            }
+        }
     }
 
     /// The sums over ranks of some numbers.

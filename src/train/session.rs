@@ -142,7 +142,8 @@ impl Run {
         };
         // Where a run is going on is said anew each time, what its checkpoints hold is not.
         let dtype = if self.place == Place::Cpu { self.settings.dtype } else { Some(self.config.dtype) };
-        let settings = Settings { out: None, device: None, dtype, ..self.settings.clone() };
+        let settings =
+            Settings { out: None, device: None, dtype, no_cache: None, reprofile: None, ..self.settings.clone() };
         let first = trainer.steps_done();
         // Before the settings: rows that cannot be read end the attempt, and the run stays what it was.
         let metrics = folder.append_metrics(first + 1)?;
@@ -152,6 +153,7 @@ impl Run {
         if let Some(device) = lane.device()? {
             reporter.note(&format!("on {} ({}), {}", lane.place(), device.name, self.config.dtype));
         }
+        trainer.notes().iter().for_each(|note| reporter.note(note));
         if trainer.model().sees_other_tokens() {
             reporter.note(&format!(
                 "note: the {} gate routes a token by looking at others of its batch, later ones included, so this causal \

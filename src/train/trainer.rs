@@ -3,6 +3,7 @@
 use super::config::TrainConfig;
 use super::data::Corpus;
 use super::optimizer::{Optimizer, OptimizerConfig};
+use super::plans;
 use super::ranks::Ranks;
 use super::readings::Readings;
 use crate::autograd::{Init, Tape};
@@ -39,6 +40,8 @@ pub struct Trainer {
     optimizer: Optimizer,
     /// Where other ranks share the work.
     ranks: Option<Ranks>,
+    /// What is worth telling of how it began.
+    notes: Vec<String>,
     step: u64,
 }
 
@@ -98,7 +101,12 @@ impl Trainer {
             None => Transformer::new(&init, model)?,
             Some(parallel) => Transformer::on_ranks(&init, model, parallel)?,
         };
-        let ranks = parallel.map(|p| Ranks::new(lane, &config.world, p, &model, tokens)).transpose()?;
+        let mut notes = Vec::new();
+        let ranks = parallel.map(|parallel| {
+            let plan = plans::of_run(&config.world, parallel, &model, tokens, &mut notes)?;
+            Ranks::new(lane, parallel, &model, plan, None)
+        });
+        let ranks = ranks.transpose()?;
         let optimizer = OptimizerConfig {
             lr: config.lr,
             min_lr_ratio: config.min_lr_ratio,
@@ -111,7 +119,7 @@ impl Trainer {
             clip: config.clip,
         };
         let optimizer = Optimizer::new(lane, optimizer, model.parameters())?;
-        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, ranks, step: 0 })
+        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, ranks, notes, step: 0 })
     }
 
     /// The model.
@@ -122,6 +130,11 @@ impl Trainer {
     /// The optimizer.
     pub fn optimizer(&self) -> &Optimizer {
         &self.optimizer
+    }
+
+    /// What is worth telling of how it began: where its costs come from.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The rank it is on.
@@ -218,7 +231,7 @@ impl Trainer {
         for m in 0..micro {
             let (ids, targets) = micro_batch(&windows, m)?;
             if let Some(ranks) = &self.ranks {
-                ranks.begin(&self.model, m + 1 == micro);
+                ranks.begin(&self.model, m + 1 == micro)?;
             }
             let tape = Tape::new(&self.lane);
             let cx = self.context(m);
@@ -233,6 +246,7 @@ impl Trainer {
             // The loss is the mean over shares, the auxiliary one already that of all.
             let root = |like: &Tensor, d: f64| self.lane.full(*like.shape(), like.dtype(), d);
             let d_loss = root(loss.value(), 1.0 / shares as f64)?;
+            self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.turn(&self.model))?;
             tape.backward(&[(&loss, d_loss), (&aux_loss, root(aux_loss.value(), 1.0)?)])?;
         }
         let losses = match &self.ranks {

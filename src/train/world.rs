@@ -16,6 +16,18 @@ pub enum CommKind {
 }
 named!(CommKind, "comm", { Local => "local" });
 
+/// What is done with measured costs, and with the plans made of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheUse {
+    /// They are read where they are kept, and kept.
+    #[default]
+    Use,
+    /// They are made anew, and kept.
+    Renew,
+    /// They are made anew.
+    Off,
+}
+
 /// The ranks of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorldConfig {
@@ -29,8 +41,10 @@ pub struct WorldConfig {
     pub all_to_all: AllToAllKind,
     /// The policy's name.
     pub schedule: String,
-    /// The profile that plans are priced by; none: nominal costs of threads.
+    /// The profile that plans are priced by; none: one of these ranks.
     pub profile: Option<String>,
+    /// What of it is kept from run to run.
+    pub cache: CacheUse,
 }
 
 impl Default for WorldConfig {
@@ -43,6 +57,7 @@ impl Default for WorldConfig {
             all_to_all: AllToAllKind::Direct,
             schedule: "fsmoe".to_owned(),
             profile: None,
+            cache: CacheUse::default(),
         }
     }
 }
@@ -85,6 +100,11 @@ impl WorldConfig {
             all_to_all: settings.a2a.unwrap_or(d.all_to_all),
             schedule,
             profile: settings.profile.clone(),
+            cache: match (settings.no_cache, settings.reprofile) {
+                (Some(true), _) => CacheUse::Off,
+                (_, Some(true)) => CacheUse::Renew,
+                _ => CacheUse::Use,
+            },
         })
     }
 }

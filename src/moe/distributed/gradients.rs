@@ -16,6 +16,9 @@ pub struct GradientBuffers {
     groups: Groups,
     /// By [`GradGroup`]; none where no parameter is of that group.
     flat: [Option<Tensor>; 3],
+    /// By [`GradGroup`]: bytes of the buffers that slices are ranges of, and of these here, where both end at the same
+    /// gradient. Empty where they are the same.
+    planned: [Vec<(u64, u64)>; 3],
     /// By [`GradGroup`]: the bytes that have been summed this step.
     reduced: Mutex<[u64; 3]>,
 }
@@ -43,7 +46,39 @@ impl GradientBuffers {
             }
             flat[group as usize] = Some(buffer);
         }
-        Ok(GradientBuffers { groups: groups.clone(), flat, reduced: Mutex::default() })
+        Ok(GradientBuffers { groups: groups.clone(), flat, planned: Default::default(), reduced: Mutex::default() })
+    }
+
+    /// The same for slices of the buffers of a larger model, of which this is an image: `ends` has, by group, at how many
+    /// bytes there and here the same gradients end, ascending. A slice there is one of the same gradients here.
+    ///
+    /// # Errors
+    /// If these are not the ends of this model's buffers.
+    pub fn planned_for(mut self, ends: [Vec<(u64, u64)>; 3]) -> Result<Self> {
+        for group in GradGroup::ALL {
+            let (ends, bytes) = (&ends[group as usize], self.bytes(group));
+            if ends.last().map_or(0, |end| end.1) != bytes || !ends.is_sorted_by(|a, b| a.0 <= b.0 && a.1 <= b.1) {
+                config_err!("{} gradients of {bytes} bytes as an image of {ends:?}: they end together", group.name());
+            }
+        }
+        self.planned = ends;
+        Ok(self)
+    }
+
+    /// Bytes of a group's gradients.
+    fn bytes(&self, group: GradGroup) -> u64 {
+        self.flat(group).map_or(0, |flat| (flat.elements() * flat.dtype().size()) as u64)
+    }
+
+    /// The byte here of a byte of the buffer that slices are ranges of.
+    fn here(&self, group: GradGroup, byte: u64, size: u64) -> u64 {
+        let ends = &self.planned[group as usize];
+        let after = ends.partition_point(|end| end.0 < byte);
+        let Some(&(there, here)) = ends.get(after) else { return byte };
+        let (before, at) = if after == 0 { (0, 0) } else { ends[after - 1] };
+        // Rounded down to whole elements, so that nothing is summed before it is complete.
+        let part = (byte - before) as f64 / (there - before).max(1) as f64;
+        if byte == there { here } else { at + ((here - at) as f64 * part) as u64 / size * size }
     }
 
     /// A group's buffer, of one dimension; none where no parameter is of that group.
@@ -71,7 +106,7 @@ impl GradientBuffers {
             config_err!("a slice of {} gradients: there are none of this group", group.name());
         };
         let size = flat.dtype().size() as u64;
-        let bytes = flat.elements() as u64 * size;
+        let bytes = self.planned[group as usize].last().map_or(self.bytes(group), |end| end.0);
         {
             let mut reduced = self.reduced.lock().unwrap_or_else(PoisonError::into_inner);
             let before = &mut reduced[group as usize];
@@ -85,6 +120,7 @@ impl GradientBuffers {
             *before = end;
         }
         let comm = self.groups.get(group.kind());
+        let (begin, end) = (self.here(group, begin, size), self.here(group, end, size));
         if comm.size() == 1 || begin == end {
             return Ok(());
         }
@@ -95,8 +131,8 @@ impl GradientBuffers {
     pub fn rest(&self) -> Vec<Slice> {
         let reduced = *self.reduced.lock().unwrap_or_else(PoisonError::into_inner);
         let rest = |group: GradGroup| {
-            let flat = self.flat(group)?;
-            let (begin, end) = (reduced[group as usize], (flat.elements() * flat.dtype().size()) as u64);
+            let planned = self.planned[group as usize].last().map(|end| end.0);
+            let (begin, end) = (reduced[group as usize], planned.unwrap_or(self.bytes(group)));
             (begin < end).then_some(Slice { group, begin, end })
         };
         GradGroup::ALL.into_iter().filter_map(rest).collect()

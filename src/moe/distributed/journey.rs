@@ -40,7 +40,8 @@ pub(super) struct Journey<'a> {
     kept: Mutex<Vec<Tensor>>,
 }
 
-/// The rows (R, M) that have been through the experts, in the order of `rows`, and when which task ran.
+/// The rows (R, M) that have been through the experts, in the order of `rows`, and when which task ran; `ended` is called
+/// when the graph has been.
 pub(super) fn journey(
     parallel: &Parallel,
     cut: &Cut,
@@ -48,6 +49,7 @@ pub(super) fn journey(
     steps: &dyn Steps,
     gradients: Option<&GradientBuffers>,
     rows: &Tensor,
+    ended: impl FnOnce() -> Result<()>,
 ) -> Result<(Tensor, Option<Timeline>)> {
     let lane = parallel.lane(LaneKind::Compute);
     // The graph says it, not the plan: a policy may cut otherwise than it is asked to.
@@ -63,6 +65,7 @@ pub(super) fn journey(
     let chunks = (0..r).map(|_| Mutex::default()).collect();
     let way = Journey { parallel, cut, steps, gradients, rows, back, chunks, kept: Mutex::default() };
     let timeline = parallel.run(graph, |id, op| way.task(parallel.lane(graph.lane(id)), op))?;
+    ended()?;
     let mut have: Vec<Segment> = Vec::new();
     for chunk in 0..r {
         have.extend(cut.sent(cut.chunk(chunk, r)?));

@@ -7,11 +7,13 @@
 mod cut;
 mod gradients;
 mod journey;
+mod measure;
 mod parallel;
 mod shard;
 mod steps;
 
 pub use gradients::GradientBuffers;
+pub use measure::{Measured, Measurement, Subject, measure};
 pub use parallel::Parallel;
 pub use shard::Shard;
 
@@ -26,7 +28,7 @@ use crate::device::Lane;
 use crate::engine::{TaskGraph, Timeline};
 use crate::error::{Result, config_err, shape_err};
 use crate::schedule::policy::FsMoe;
-use crate::schedule::{Degree, LayerPass, Pass, Policy, Slice, SliceTask, layer_graph};
+use crate::schedule::{Degree, LayerOp, LayerPass, Pass, Policy, Slice, SliceTask, layer_graph};
 use crate::tensor::{DType, Tensor};
 use cut::Cut;
 use journey::journey;
@@ -38,11 +40,13 @@ use steps::{Backward, Forward, Piece};
 pub struct LayerPlan {
     /// Who orders the tasks.
     pub policy: Arc<dyn Policy>,
+    /// The layer's block, as the plan counts them: what tasks are called by.
+    pub block: usize,
     /// r and d, forward and backward. A pass that has fewer pieces has as many chunks.
     pub degrees: [Degree; 2],
     /// The slices of gradients that are summed during the backward, complete when it begins.
     pub slices: Vec<Slice>,
-    /// The slices that are summed once the backward has ended, while whatever comes next is computed;
+    /// The slices that are summed once the backward has ended, while that of the block's dense part is computed;
     /// [`Parallel::settle`] waits for them.
     pub after: Vec<Slice>,
     /// Where these gradients lie; may be none where there are no slices.
@@ -54,11 +58,29 @@ impl Default for LayerPlan {
     fn default() -> Self {
         LayerPlan {
             policy: Arc::new(FsMoe),
+            block: 0,
             degrees: [Degree::all_first(1); 2],
             slices: Vec::new(),
             after: Vec::new(),
             gradients: None,
         }
+    }
+}
+
+impl LayerPlan {
+    /// Begins the backward of the block's dense part: with the sums that run beside it.
+    ///
+    /// # Errors
+    /// If the device fails, or a rank does.
+    pub(crate) fn begin_dense_backward(&self, parallel: &Parallel) -> Result<()> {
+        for slice in self.after.iter() {
+            let Some(gradients) = &self.gradients else {
+                config_err!("a slice of {} gradients without a buffer of them", slice.group.name());
+            };
+            let lane = self.policy.reduce_lane(parallel.groups().lane(slice.group.kind()));
+            parallel.submit(lane, gradients.clone(), *slice)?;
+        }
+        parallel.dense(Some(LayerOp::Dense { block: self.block, pass: Pass::Backward }))
     }
 }
 
@@ -426,20 +448,20 @@ impl Inner {
         let r = r.min(cut.most_chunks());
         let degree = Degree { r, d: d.min(r) };
         let reduce_lane = |slice: &Slice| plan.policy.reduce_lane(self.parallel.groups().lane(slice.group.kind()));
-        let slice = |slice: &Slice| SliceTask { slice: *slice, lane: reduce_lane(slice), after: None };
+        let slice = |slice: &Slice| SliceTask { slice: *slice, lane: reduce_lane(slice) };
         let slices: Vec<SliceTask> = match pass {
             Pass::Forward => Vec::new(),
             Pass::Backward => plan.slices.iter().map(slice).collect(),
         };
-        let part = LayerPass { block: 0, pass, degree, after: None, slices: &slices };
+        let part = LayerPass { block: plan.block, pass, degree, after: None, slices: &slices };
         let graph: TaskGraph<_> = layer_graph(&*plan.policy, &self.parallel.stages(cut.most_chunks()), &part)?;
-        let (out, timeline) = journey(&self.parallel, cut, &graph, steps, plan.gradients.as_deref(), rows)?;
+        self.parallel.dense(None)?;
+        let ended = || match pass {
+            Pass::Forward => self.parallel.dense(Some(LayerOp::Dense { block: plan.block + 1, pass })),
+            Pass::Backward => plan.begin_dense_backward(&self.parallel),
+        };
+        let (out, timeline) = journey(&self.parallel, cut, &graph, steps, plan.gradients.as_deref(), rows, ended)?;
         self.timelines.lock().unwrap_or_else(PoisonError::into_inner)[pass as usize] = timeline;
-        if let (Pass::Backward, Some(gradients)) = (pass, &plan.gradients) {
-            for slice in &plan.after {
-                self.parallel.submit(reduce_lane(slice), gradients.clone(), *slice)?;
-            }
-        }
         Ok(out)
     }
 

@@ -9,6 +9,7 @@ use crate::engine::{
 };
 use crate::error::{Error, Result, config_err};
 use crate::schedule::{Cost, Exchange, LayerCosts, LayerOp, Slice, Work};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,37 @@ pub struct Parallel {
     /// Sums of gradients under way.
     pending: Mutex<Vec<Reducing>>,
     trace: Arc<Mutex<Option<Trace>>>,
+    /// The dense part of the model that Compute is at.
+    dense: Mutex<Option<DensePart>>,
+    emulation: Mutex<Option<Arc<Emulation>>>,
+}
+
+struct DensePart {
+    op: LayerOp,
+    start: Mark,
+    began: Instant,
+}
+
+/// A machine that is not there.
+struct Emulation {
+    /// What its tasks take, in seconds.
+    cost: Box<dyn Fn(&LayerOp) -> f64 + Send + Sync>,
+    tasks: AtomicUsize,
+    overran: AtomicUsize,
+}
+
+impl Emulation {
+    /// Waits until a task that began at `start` and has been done would have ended.
+    fn wait(&self, op: &LayerOp, start: Instant, cancel: &Cancel) -> Result<()> {
+        let due = start + Duration::try_from_secs_f64((self.cost)(op)).unwrap_or_default();
+        self.count(1, usize::from(Instant::now() > due));
+        cancel.sleep_until(due)
+    }
+
+    fn count(&self, tasks: usize, overran: usize) {
+        self.tasks.fetch_add(tasks, Ordering::Relaxed);
+        self.overran.fetch_add(overran, Ordering::Relaxed);
+    }
 }
 
 /// A sum of gradients under way.
@@ -77,7 +109,8 @@ impl Parallel {
             None => Some(CpuLanes::new(&format!("rank {}", groups.rank()))?),
         };
         let (cancel, pending, trace) = (Cancel::new(), Mutex::default(), Arc::default());
-        Ok(Arc::new(Parallel { groups, all_to_all, lanes, threads, cancel, pending, trace }))
+        let (dense, emulation) = (Mutex::default(), Mutex::default());
+        Ok(Arc::new(Parallel { groups, all_to_all, lanes, threads, cancel, pending, trace, dense, emulation }))
     }
 
     /// This rank's groups.
@@ -119,16 +152,18 @@ impl Parallel {
     ///
     /// # Errors
     /// If the device fails, or a rank does.
-    pub(super) fn submit(&self, kind: LaneKind, gradients: Arc<GradientBuffers>, slice: Slice) -> Result<()> {
+    pub(crate) fn submit(&self, kind: LaneKind, gradients: Arc<GradientBuffers>, slice: Slice) -> Result<()> {
         let (lane, world) = (self.lane(kind).clone(), self.groups.world().clone());
         let reduce = move || caught(|| gradients.reduce(&lane, slice)).inspect_err(|e| world.abort(&e.to_string()));
         let reducing = match &self.threads {
             Some(threads) => {
-                let trace = self.trace.clone();
+                let (trace, cancel) = (self.trace.clone(), self.cancel.clone());
+                let emulation = locked(&self.emulation).clone();
                 Reducing::Thread(threads.submit(kind, move || {
-                    let start = Mark::at(Instant::now());
+                    let (op, start) = (LayerOp::Reduce(slice), Instant::now());
                     reduce()?;
-                    let span = (LayerOp::Reduce(slice).to_string(), kind, start, Mark::at(Instant::now()));
+                    emulation.map_or(Ok(()), |e| e.wait(&op, start, &cancel))?;
+                    let span = (op.to_string(), kind, Mark::at(start), Mark::at(Instant::now()));
                     note(&trace, std::iter::once(span));
                     Ok(())
                 }))
@@ -181,7 +216,14 @@ impl Parallel {
         let ended = match &self.threads {
             Some(threads) => {
                 let begin = Instant::now();
-                threads.run(graph, &self.cancel, one).map(|timeline| {
+                let ended = match locked(&self.emulation).clone() {
+                    None => threads.run(graph, &self.cancel, one),
+                    Some(e) => threads.emulate(graph, &self.cancel, &e.cost, one).map(|(timeline, overran)| {
+                        e.count(graph.len(), overran);
+                        timeline
+                    }),
+                };
+                ended.map(|timeline| {
                     let at = |seconds| Mark::at(begin + Duration::from_secs_f64(seconds));
                     let spans = timeline.spans.iter();
                     note(&self.trace, spans.map(|s| (s.name.clone(), s.lane, at(s.start), at(s.end))));
@@ -217,6 +259,46 @@ impl Parallel {
         let end = self.lane(kind).record(true)?;
         note(&self.trace, std::iter::once((name.to_owned(), kind, start, end)));
         Ok(result)
+    }
+
+    /// Compute goes over from one of the model's dense parts, if it is at one, to `next`; none where what follows is a layer's
+    /// pass, or nothing. It matters to [traces](Parallel::trace) and to emulation.
+    ///
+    /// # Errors
+    /// If the device fails, or a rank does.
+    pub fn dense(&self, next: Option<LayerOp>) -> Result<()> {
+        let (emulation, traced) = (locked(&self.emulation).clone(), locked(&self.trace).is_some());
+        let mark = || self.lane(LaneKind::Compute).record(true);
+        if let Some(DensePart { op, start, began }) = locked(&self.dense).take() {
+            emulation.as_ref().map_or(Ok(()), |e| e.wait(&op, began, &self.cancel))?;
+            if traced {
+                note(&self.trace, std::iter::once((op.to_string(), LaneKind::Compute, start, mark()?)));
+            }
+        }
+        if let (Some(op), true) = (next, traced || emulation.is_some()) {
+            *locked(&self.dense) = Some(DensePart { op, start: mark()?, began: Instant::now() });
+        }
+        Ok(())
+    }
+
+    /// From now on every task, dense parts included, does its work and then waits until its start plus its `cost` in
+    /// seconds: on a machine that is not there. Counts anew.
+    ///
+    /// # Errors
+    /// Where lanes are streams.
+    pub fn emulate(&self, cost: impl Fn(&LayerOp) -> f64 + Send + Sync + 'static) -> Result<()> {
+        if self.issues() {
+            config_err!("emulation on a GPU: ranks emulate on the CPU");
+        }
+        let (tasks, overran) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        *locked(&self.emulation) = Some(Arc::new(Emulation { cost: Box::new(cost), tasks, overran }));
+        Ok(())
+    }
+
+    /// Of how many tasks that have been emulated how many overran: their work alone took longer than their cost.
+    pub fn overruns(&self) -> (usize, usize) {
+        let count = |e: &Arc<Emulation>| (e.tasks.load(Ordering::Relaxed), e.overran.load(Ordering::Relaxed));
+        locked(&self.emulation).as_ref().map_or((0, 0), count)
     }
 
     /// Begins to note what runs on this rank's lanes.

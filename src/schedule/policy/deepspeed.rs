@@ -4,7 +4,7 @@ use super::{Gradients, Policy};
 use crate::device::LaneKind;
 use crate::engine::{TaskGraph, TaskId};
 use crate::error::Result;
-use crate::schedule::{Degree, LayerCosts, LayerEnd, LayerOp, LayerPass, Pass, Stage};
+use crate::schedule::{Degree, LayerCosts, LayerOp, LayerPass, Pass, Stage};
 
 /// DeepSpeed-MoE's (Rajbhandari et al. 2022): the layer in one piece, nothing overlaps, gradients after the backward.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +27,7 @@ impl Policy for DeepSpeed {
         Gradients::After
     }
 
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
         let LayerPass { block, pass, after, slices, .. } = *pass;
         let mut last = after;
         // Every task waits for the one before it, the weight gradient included.
@@ -42,20 +42,19 @@ impl Policy for DeepSpeed {
         if let Some(all_gather) = costs.all_gather {
             add(all_gather.lane, Stage::AllGather)?;
         }
-        let mut output = add(LaneKind::Compute, Stage::Expert)?;
+        add(LaneKind::Compute, Stage::Expert)?;
         if pass == Pass::Backward {
-            output = add(LaneKind::Compute, Stage::WeightGrad)?;
+            add(LaneKind::Compute, Stage::WeightGrad)?;
         }
-        let gradients = output;
         if let Some(reduce_scatter) = costs.reduce_scatter {
-            output = add(reduce_scatter.lane, Stage::ReduceScatter)?;
+            add(reduce_scatter.lane, Stage::ReduceScatter)?;
         }
         for (p, phase) in costs.combine.iter().enumerate() {
-            output = add(phase.lane, Stage::Combine(p as u8))?;
+            add(phase.lane, Stage::Combine(p as u8))?;
         }
         for s in slices {
-            graph.add(s.lane, LayerOp::Reduce(s.slice), [output].into_iter().chain(s.after))?;
+            graph.add(s.lane, LayerOp::Reduce(s.slice), last)?;
         }
-        Ok(LayerEnd { output, gradients })
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use super::{Gradients, Policy, every_degree};
 use crate::engine::TaskGraph;
 use crate::error::Result;
-use crate::schedule::{Degree, LayerCosts, LayerEnd, LayerOp, LayerPass, pipeline};
+use crate::schedule::{Degree, LayerCosts, LayerOp, LayerPass, pipeline};
 
 /// FSMoE's (Pan et al. 2025): inter-node communication, intra-node communication and computation side by side, chunks and
 /// order searched for forward and backward apart, slices of gradients in the time that is left.
@@ -27,7 +27,7 @@ impl Policy for FsMoe {
         Gradients::Fitted
     }
 
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
         pipeline(graph, costs, pass)
     }
 }

@@ -14,7 +14,7 @@ pub use pipemoe_lina::PipeMoeLina;
 pub use tutel::Tutel;
 pub use tutel_improved::TutelImproved;
 
-use super::{Degree, LayerCosts, LayerEnd, LayerOp, LayerPass, pipeline};
+use super::{Degree, LayerCosts, LayerOp, LayerPass, pipeline};
 use crate::device::LaneKind;
 use crate::engine::TaskGraph;
 use crate::error::{Result, config_err};
@@ -52,11 +52,12 @@ pub trait Policy: Send + Sync {
         lane
     }
 
-    /// Adds the tasks of one pass through a layer.
+    /// Adds the tasks of one pass through a layer. Those that wait for no other wait for `pass.after`; what comes after the
+    /// pass waits for all of its tasks.
     ///
     /// # Errors
     /// If the layer cannot be cut so.
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd>;
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()>;
 }
 
 /// The policies of this library, in the order of tables: from no overlap to all of it.
@@ -91,7 +92,7 @@ fn every_degree(costs: &LayerCosts) -> Vec<Degree> {
 }
 
 /// The all-gather, the expert and the reduce-scatter of a chunk as one on Compute, overlapped by all-to-alls only.
-fn fused_expert(graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+fn fused_expert(graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
     let mut fused = costs.clone();
     for exchange in fused.all_gather.iter_mut().chain(&mut fused.reduce_scatter) {
         exchange.lane = LaneKind::Compute;

@@ -4,7 +4,7 @@ use super::{Gradients, Policy, every_degree};
 use crate::device::LaneKind;
 use crate::engine::TaskGraph;
 use crate::error::Result;
-use crate::schedule::{Degree, LayerCosts, LayerEnd, LayerOp, LayerPass, pipeline};
+use crate::schedule::{Degree, LayerCosts, LayerOp, LayerPass, pipeline};
 
 /// FSMoE's without its overlap of inter-node with intra-node communication: both on one lane.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,7 @@ impl Policy for NoIio {
         LaneKind::InterNode
     }
 
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
         let mut one = costs.clone();
         let gathers = one.all_gather.iter_mut().chain(&mut one.reduce_scatter);
         for exchange in one.dispatch.iter_mut().chain(&mut one.combine).chain(gathers) {

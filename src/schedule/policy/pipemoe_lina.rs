@@ -3,7 +3,7 @@
 use super::{Gradients, Policy, Tutel, fused_expert};
 use crate::engine::TaskGraph;
 use crate::error::Result;
-use crate::schedule::{Degree, LayerCosts, LayerEnd, LayerOp, LayerPass};
+use crate::schedule::{Degree, LayerCosts, LayerOp, LayerPass};
 
 /// PipeMoE's choice of the number of chunks (Shi et al. 2023), the same both ways, over [`Tutel`]'s overlap; with Lina's
 /// gradients (Li et al. 2023): in pieces of 30 MB, anywhere in the backward.
@@ -27,7 +27,7 @@ impl Policy for PipeMoeLina {
         Gradients::Pieces(30_000_000)
     }
 
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
         fused_expert(graph, costs, pass)
     }
 }

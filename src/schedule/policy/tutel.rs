@@ -3,7 +3,7 @@
 use super::{Gradients, Policy, fused_expert};
 use crate::engine::TaskGraph;
 use crate::error::Result;
-use crate::schedule::{Degree, LayerCosts, LayerEnd, LayerOp, LayerPass};
+use crate::schedule::{Degree, LayerCosts, LayerOp, LayerPass};
 
 /// Tutel's (Hwang et al. 2023): all-to-alls overlap the expert stage, which is all-gather, matrix products and
 /// reduce-scatter as one; the best of 1, 2, 4 and 8 chunks, the same both ways; gradients after the backward.
@@ -34,7 +34,7 @@ impl Policy for Tutel {
         Gradients::After
     }
 
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
         fused_expert(graph, costs, pass)
     }
 }

@@ -3,7 +3,7 @@
 use super::{Gradients, Policy, Tutel, fused_expert};
 use crate::engine::TaskGraph;
 use crate::error::Result;
-use crate::schedule::{Degree, LayerCosts, LayerEnd, LayerOp, LayerPass};
+use crate::schedule::{Degree, LayerCosts, LayerOp, LayerPass};
 
 /// [`Tutel`]'s with the gradients' all-reduce during the backward of dense parts.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +26,7 @@ impl Policy for TutelImproved {
         Gradients::WithDense
     }
 
-    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<LayerEnd> {
+    fn layer(&self, graph: &mut TaskGraph<LayerOp>, costs: &LayerCosts, pass: &LayerPass<'_>) -> Result<()> {
         fused_expert(graph, costs, pass)
     }
 }

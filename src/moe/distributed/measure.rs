@@ -1,0 +1,302 @@
+//! What the ranks of a world cost: every collective that their groups use, and the experts, measured while all ranks run.
+
+use super::Parallel;
+use crate::autograd::Init;
+use crate::comm::{Communicator, GroupKind, Levels, largest};
+use crate::device::{Lane, LaneKind};
+use crate::engine::lane_name;
+use crate::error::{Result, config_err};
+use crate::moe::expert::ExpertKind;
+use crate::moe::{MoeConfig, RowSplit, Rows, expert};
+use crate::rng::{Counter, Purpose};
+use crate::schedule::{Collective, CollectiveCosts, ComputeCosts, Cost, GradGroup, MAX_CHUNKS, Profile};
+use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// Type of what is sent and multiplied.
+    pub dtype: DType,
+    /// The MoE layer, the whole of it.
+    pub layer: MoeConfig,
+    /// Rows that a rank's experts take in a pass.
+    pub rows: usize,
+    /// Rows of the dense products.
+    pub dense_rows: usize,
+    /// The most that a collective is given.
+    pub bytes: usize,
+    /// How long to measure.
+    pub budget: Duration,
+}
+
+/// What one thing was measured to cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measurement {
+    /// What: `inter-node all-to-all`, `expert product`.
+    pub name: String,
+    /// What n is in t(n): bytes or FLOPs.
+    pub unit: &'static str,
+    /// (n, seconds): the median over rounds of the slowest rank's time.
+    pub points: Vec<(f64, f64)>,
+    /// The line through them.
+    pub cost: Cost,
+}
+
+/// All costs of a world.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// As plans take them.
+    pub profile: Profile,
+    /// Each with what it was fitted to.
+    pub costs: Vec<Measurement>,
+    /// How many times everything was measured.
+    pub rounds: usize,
+}
+
+/// What is being measured at one of its sizes.
+struct Work {
+    of: usize,
+    n: f64,
+    lane: LaneKind,
+    /// Calls of `run` that are timed together.
+    calls: usize,
+    /// What n counts of that: the time is one's.
+    parts: f64,
+    run: Box<dyn Fn(&Lane) -> Result<()>>,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Collective(Collective, LaneKind),
+    Product,
+    Expert,
+}
+
+impl What {
+    fn name(self) -> (String, &'static str) {
+        match self {
+            What::Collective(kind, lane) => (format!("{} {kind}", lane_name(lane)), "bytes"),
+            What::Product => ("dense product".to_owned(), "FLOPs"),
+            What::Expert => ("expert product".to_owned(), "FLOPs"),
+        }
+    }
+}
+
+/// Parts of the most that is measured, in sixteenths but for the first: even steps for β, a small one for α.
+const LADDER: [usize; 6] = [1, 2, 4, 8, 12, MAX_CHUNKS];
+/// Fewer rounds have no median worth telling, more add nothing.
+const ROUNDS: (usize, usize) = (5, 60);
+/// Collectives are called so many times in a row for one time: ranks do not leave a barrier at the same moment.
+const IN_A_ROW: usize = 4;
+
+/// Measures the costs of `parallel`'s world on all its ranks at once: what is measured takes turns, round after round; a time
+/// is the slowest rank's, on the device's own clock. The profile is the same on every rank. A collective.
+///
+/// # Errors
+/// If the layer does not fit the world, the device has no memory left, or a rank fails or never comes.
+pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
+    let (compute, world) = (parallel.lane(LaneKind::Compute), parallel.groups().world());
+    let (whats, works) = works(parallel, subject)?;
+    let round = |times: &mut Vec<f64>| -> Result<()> {
+        for work in &works {
+            let lane = parallel.lane(work.lane);
+            world.barrier(compute)?;
+            let start = lane.record(true)?;
+            (0..work.calls).try_for_each(|_| (work.run)(lane))?;
+            let end = lane.record(true)?;
+            times.push(start.seconds_to(&end)? / work.parts);
+            lane.synchronize()?;
+        }
+        Ok(())
+    };
+    // The first runs take memory and choose algorithms.
+    round(&mut Vec::new())?;
+    let begun = Instant::now();
+    round(&mut Vec::new())?;
+    let one = largest(&**world, compute, &[begun.elapsed().as_secs_f64()])?[0];
+    let rounds = ((subject.budget.as_secs_f64() / one.max(1e-9)) as usize).clamp(ROUNDS.0, ROUNDS.1);
+    let mut times = Vec::with_capacity(rounds * works.len());
+    (0..rounds).try_for_each(|_| round(&mut times))?;
+    let times = largest(&**world, compute, &times)?;
+
+    let median = |w: usize| {
+        let mut all: Vec<f64> = times.iter().skip(w).step_by(works.len()).copied().collect();
+        all.sort_by(f64::total_cmp);
+        f64::midpoint(all[(all.len() - 1) / 2], all[all.len() / 2])
+    };
+    let mut costs = Vec::with_capacity(whats.len());
+    for (i, what) in whats.iter().enumerate() {
+        let of = works.iter().enumerate().filter(|(_, work)| work.of == i);
+        let points: Vec<(f64, f64)> = of.map(|(w, work)| (work.n, median(w))).collect();
+        let (name, unit) = what.name();
+        costs.push(Measurement { name, unit, cost: Cost::fit(&points)?, points });
+    }
+    let profile = profile(parallel, subject, &whats, &costs, rounds)?;
+    Ok(Measured { profile, costs, rounds })
+}
+
+fn profile(
+    parallel: &Parallel,
+    subject: &Subject,
+    whats: &[What],
+    costs: &[Measurement],
+    rounds: usize,
+) -> Result<Profile> {
+    let (mut lanes, mut gemm, mut expert) = ([CollectiveCosts::default(); 2], None, None);
+    for (what, Measurement { cost, .. }) in whats.iter().zip(costs) {
+        match *what {
+            What::Product => gemm = Some(*cost),
+            What::Expert => expert = Some(*cost),
+            What::Collective(kind, lane) => {
+                let costs = &mut lanes[usize::from(lane == LaneKind::InterNode)];
+                let place = match kind {
+                    Collective::AllToAll => &mut costs.all_to_all,
+                    Collective::AllGather => &mut costs.all_gather,
+                    Collective::ReduceScatter => &mut costs.reduce_scatter,
+                    Collective::AllReduce => &mut costs.all_reduce,
+                };
+                *place = Some(*cost);
+            }
+        }
+    }
+    let Some(gemm) = gemm else { config_err!("a profile without a matrix product") };
+    let sizes = parallel.groups().topology().sizes();
+    let device = parallel.lane(LaneKind::Compute).name()?;
+    let source = format!(
+        "measured in {rounds} rounds on {device}: {} ranks on {} nodes, dp {}, mp {}, ep {}, esp {}, {}",
+        sizes.ranks, sizes.nodes, sizes.dp, sizes.mp, sizes.ep, sizes.esp, subject.dtype
+    );
+    Ok(Profile {
+        name: "measured".to_owned(),
+        source,
+        element_bytes: subject.dtype.size(),
+        compute: ComputeCosts { gemm, expert },
+        intra_node: lanes[0],
+        inter_node: lanes[1],
+    })
+}
+
+/// The groups whose collectives are measured, each kind of collective once on each lane: where several groups have it there,
+/// the one that moves most.
+fn groups(parallel: &Parallel) -> Vec<(Collective, LaneKind, Arc<dyn Communicator>)> {
+    let groups = parallel.groups();
+    let of = |kind: GroupKind| (groups.lane(kind), groups.get(kind).clone());
+    let mut all = Vec::new();
+    let phases = parallel.all_to_all().phases(groups.expert());
+    match groups.expert().levels() {
+        Some(Levels { intra, inter, .. }) if phases.len() > 1 => {
+            all.push((Collective::AllToAll, LaneKind::InterNode, inter.clone()));
+            all.push((Collective::AllToAll, LaneKind::IntraNode, intra.clone()));
+            all.push((Collective::AllGather, LaneKind::IntraNode, intra.clone()));
+        }
+        _ => all.push((Collective::AllToAll, of(GroupKind::Expert).0, of(GroupKind::Expert).1)),
+    }
+    for kind in [GroupKind::Shard, GroupKind::Model] {
+        all.push((Collective::AllGather, of(kind).0, of(kind).1));
+    }
+    all.push((Collective::ReduceScatter, of(GroupKind::Shard).0, of(GroupKind::Shard).1));
+    for group in [GradGroup::Dense, GradGroup::Expert, GradGroup::Replicated] {
+        all.push((Collective::AllReduce, of(group.kind()).0, of(group.kind()).1));
+    }
+    let mut chosen: Vec<(Collective, LaneKind, Arc<dyn Communicator>)> = Vec::new();
+    for (kind, lane, comm) in all {
+        if comm.size() > 1 && !chosen.iter().any(|c| (c.0, c.1) == (kind, lane)) {
+            chosen.push((kind, lane, comm));
+        }
+    }
+    chosen
+}
+
+fn works(parallel: &Parallel, subject: &Subject) -> Result<(Vec<What>, Vec<Work>)> {
+    let (mut whats, mut works) = (Vec::new(), Vec::new());
+    let compute = parallel.lane(LaneKind::Compute);
+    let size = subject.dtype.size();
+    for (kind, lane, comm) in groups(parallel) {
+        let of = whats.len();
+        whats.push(What::Collective(kind, lane));
+        let ranks = comm.size();
+        // Blocks of 256 bytes, as many for each rank.
+        let unit = ranks * (256 / size);
+        for (i, part) in LADDER.into_iter().enumerate() {
+            let most = subject.bytes / size;
+            let elements = if i == 0 { most / 64 } else { most * part / MAX_CHUNKS };
+            let elements = elements.div_ceil(unit).max(1 + i) * unit;
+            let whole = compute.zeros([elements], subject.dtype)?;
+            let other = match kind {
+                Collective::AllToAll => compute.zeros([elements], subject.dtype)?,
+                Collective::AllReduce => whole.clone(),
+                _ => compute.zeros([elements / ranks], subject.dtype)?,
+            };
+            let comm = comm.clone();
+            let run = move |lane: &Lane| match kind {
+                Collective::AllToAll => comm.all_to_all(lane, &whole, &other),
+                Collective::AllGather => comm.all_gather(lane, &other, &whole),
+                Collective::ReduceScatter => comm.reduce_scatter(lane, &whole, &other),
+                Collective::AllReduce => comm.all_reduce(lane, &whole),
+            };
+            let n = (elements * size) as f64;
+            works.push(Work { of, n, lane, calls: IN_A_ROW, parts: IN_A_ROW as f64, run: Box::new(run) });
+        }
+    }
+    let of = whats.len();
+    whats.push(What::Product);
+    let m = subject.layer.hidden;
+    for part in LADDER {
+        let rows = (subject.dense_rows * part / MAX_CHUNKS).max(part);
+        let random = |seed, dims: [usize; 2]| normal(compute, seed, dims, subject.dtype);
+        let (a, b) = (random(1, [rows, m])?, random(2, [m, m])?);
+        let c = compute.empty([rows, m], subject.dtype)?;
+        let n = 2.0 * rows as f64 * (m * m) as f64;
+        let run = move |lane: &Lane| lane.gemm(1.0, &a, &b, 0.0, &c);
+        works.push(Work { of, n, lane: LaneKind::Compute, calls: 1, parts: 1.0, run: Box::new(run) });
+    }
+    experts(parallel, subject, whats.len(), &mut works)?;
+    whats.push(What::Expert);
+    compute.synchronize()?;
+    Ok((whats, works))
+}
+
+/// The experts as the layer runs them: where lanes are threads piece by piece, on a GPU a chunk at a time.
+fn experts(parallel: &Parallel, subject: &Subject, of: usize, works: &mut Vec<Work>) -> Result<()> {
+    let (lane, sizes) = (parallel.lane(LaneKind::Compute), parallel.groups().topology().sizes());
+    let whole = &subject.layer;
+    let part = MoeConfig { experts: whole.experts / sizes.ep, ffn: whole.ffn / sizes.esp, ..whole.clone() };
+    if part.experts == 0 || part.ffn == 0 {
+        config_err!(
+            "{} experts of width {} with ep = {}, esp = {}: each rank has a part",
+            whole.experts,
+            whole.ffn,
+            sizes.ep,
+            sizes.esp
+        );
+    }
+    let init = Init::new(lane, subject.dtype, 1).child("measured");
+    let gemms = if part.expert == ExpertKind::Gpt { 2.0 } else { 3.0 };
+    let expert: Arc<dyn crate::moe::Expert> = Arc::from(expert::build(&init, &part)?);
+    let each = (subject.rows / MAX_CHUNKS / part.experts).max(1);
+    for pieces in LADDER {
+        let (calls, each) = if parallel.issues() { (1, each * pieces) } else { (pieces, each) };
+        let rows = each * part.experts;
+        let data = normal(lane, 3, [rows, part.hidden], subject.dtype)?;
+        let d = normal(lane, 4, [rows, part.hidden], subject.dtype)?;
+        let rows = Rows { data, split: RowSplit::Even { experts: part.experts, each } };
+        let n = 2.0 * (calls * each * part.experts) as f64 * (part.hidden * part.ffn) as f64;
+        let expert = expert.clone();
+        let run = move |lane: &Lane| -> Result<()> {
+            let (_, saved) = expert.forward(lane, &rows)?;
+            let (_, left) = expert.backward_data(lane, &rows, &saved, &d)?;
+            expert.backward_weights(lane, &rows, &saved, &d, &left)
+        };
+        // Forward, data gradient and weight gradient have as many products each.
+        works.push(Work { of, n, lane: LaneKind::Compute, calls, parts: 3.0 * gemms, run: Box::new(run) });
+    }
+    Ok(())
+}
+
+fn normal(lane: &Lane, seed: u64, dims: [usize; 2], dtype: DType) -> Result<Tensor> {
+    let t = lane.empty(dims, dtype)?;
+    lane.normal(Counter { seed, purpose: Purpose::Test, step: 0 }, 0, &t)?;
+    Ok(t)
+}
