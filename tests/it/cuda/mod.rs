@@ -18,6 +18,7 @@ mod memory;
 mod model;
 mod optim;
 mod order;
+mod ranks;
 mod routing_times;
 mod train;
 
