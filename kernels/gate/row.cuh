@@ -70,8 +70,8 @@ __device__ __forceinline__ float key_value(unsigned key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// Calls taken(j, column) for the `count` largest keys of a row, descending, of equals the lowest column first; every lane
-// gets every call. A key that was taken becomes 0. At least `count` keys must not be 0.
+// Calls taken(j, column, key) for the `count` largest keys of a row, descending, of equals the lowest column first; every
+// lane gets every call. A key that was taken becomes 0. At least `count` keys must not be 0.
 template <int V, typename Taken>
 __device__ __forceinline__ void take_largest(unsigned (&keys)[V], int lane, int count, Taken taken) {
   for (int j = 0; j < count; ++j) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void take_largest(unsigned (&keys)[V], int lane, int 
     for (int i = 0; i < V; ++i) {
       if (static_cast<unsigned>(Row<V>::column(i, lane)) == column) keys[i] = 0;
     }
-    taken(j, static_cast<int>(column));
+    taken(j, static_cast<int>(column), most);
   }
 }
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ void keep_groups(const float (&x)[V], unsigned (&keys
   unsigned* flags = reinterpret_cast<unsigned*>(memory);
   for (int group = lane; group < groups; group += warp_size) flags[group] = 0;
   __syncwarp();
-  take_largest<V>(ranks, lane, kept, [&](int, int group) {
+  take_largest<V>(ranks, lane, kept, [&](int, int group, unsigned) {
     if (lane == 0) flags[group] = 1;
   });
   __syncwarp();
