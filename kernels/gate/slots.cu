@@ -125,7 +125,9 @@ __device__ __forceinline__ void slots_scan(unsigned* __restrict__ counts, index_
   const int warp = threadIdx.x / warp_size;
   const int expert = blockIdx.x % per_group * scan_columns + column;
   const bool inside = expert < num_experts;
-  unsigned* const mine = counts + group * rows * num_experts + expert;
+  // One address for the block, and 32 bits from there: addresses of 16 rows would not fit in the registers.
+  unsigned* const mine = counts + group * rows * num_experts;
+  const auto at = [&](index_t row) { return static_cast<unsigned>(row) * num_experts + expert; };
 
   // Each thread sums a strip of consecutive rows, a warp then the strips of a column.
   const index_t length = (rows + scan_strips - 1) / scan_strips;
@@ -135,7 +137,7 @@ __device__ __forceinline__ void slots_scan(unsigned* __restrict__ counts, index_
   unsigned batch[scan_batch];
   const auto load = [&](index_t row) {
 #pragma unroll
-    for (int i = 0; i < scan_batch; ++i) batch[i] = row + i < to ? mine[(row + i) * num_experts] : 0;
+    for (int i = 0; i < scan_batch; ++i) batch[i] = row + i < to ? mine[at(row + i)] : 0;
   };
   unsigned sum = 0;
   for (index_t row = from; row < to; row += scan_batch) {
@@ -185,7 +187,7 @@ __device__ __forceinline__ void slots_scan(unsigned* __restrict__ counts, index_
       if (row + i == first_rows && row + i < to && losses.ticket != nullptr) {
         losses.firsts[group * num_experts + expert] = before;
       }
-      if (row + i < to) mine[(row + i) * num_experts] = before;
+      if (row + i < to) mine[at(row + i)] = before;
       before += batch[i];
     }
   }
