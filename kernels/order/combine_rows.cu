@@ -31,11 +31,11 @@ namespace fsmoe {
 template <typename T, int N, int U>
 __device__ __forceinline__ void combine_forward_in(const T* __restrict__ rows, const int* __restrict__ index,
                                                    const int* __restrict__ offsets, const float* __restrict__ weights,
-                                                   index_t count, index_t tokens, int k, index_t cols,
+                                                   index_t count, index_t tokens, int k, int cols,
                                                    T* __restrict__ out) {
   // With two rows of a token, two vectors of each are no faster: there are enough warps.
   constexpr int C = U == 2 ? 1 : 2;
-  for_each_segment<N, C>(tokens, cols, 0, [&](index_t token, index_t col) {
+  for_each_segment<N, C>(tokens, cols, 0, [&](index_t token, int col) {
     index_t n = token * k;
     index_t end = n + k;
     if (offsets != nullptr) {
@@ -62,9 +62,10 @@ __device__ __forceinline__ void combine_forward_in(const T* __restrict__ rows, c
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
+        const T* const from = rows + static_cast<index_t>(max(row[u], 0)) * cols;
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-          data[u][c] = load_packed<N>(rows + max(row[u], 0) * cols + min(col + c * warp_size * N, cols - N));
+          data[u][c] = load_packed<N>(from + min(col + c * warp_size * N, cols - N));
         }
       }
 #pragma unroll
@@ -81,7 +82,7 @@ __device__ __forceinline__ void combine_forward_in(const T* __restrict__ rows, c
     }
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const index_t at = col + c * warp_size * N;
+      const int at = col + c * warp_size * N;
       if (at < cols) store<N>(out + token * cols + at, sum[c]);
     }
   });
@@ -93,9 +94,9 @@ __device__ __forceinline__ void combine_forward(const T* rows, const int* index,
                                                 index_t cols, T* out) {
   // With whole rows aligned no vector is ragged.
   if (rows_are_aligned(rows, cols) && rows_are_aligned(out, cols)) {
-    combine_forward_in<T, vector_width<T>, U>(rows, index, offsets, weights, count, tokens, k, cols, out);
+    combine_forward_in<T, vector_width<T>, U>(rows, index, offsets, weights, count, tokens, k, static_cast<int>(cols), out);
   } else {
-    combine_forward_in<T, 1, U>(rows, index, offsets, weights, count, tokens, k, cols, out);
+    combine_forward_in<T, 1, U>(rows, index, offsets, weights, count, tokens, k, static_cast<int>(cols), out);
   }
 }
 
@@ -238,7 +239,7 @@ __device__ __forceinline__ void combine_choices(const T* dy, const T* rows, cons
 // Entry points
 
 #define FSMOE_COMBINE_FORWARD(U, suffix, T)                                                                           \
-  extern "C" __global__ void __launch_bounds__(256, 4) combine_rows_forward_u##U##_##suffix(                          \
+  extern "C" __global__ void __launch_bounds__(256, U == 2 ? 8 : 4) combine_rows_forward_u##U##_##suffix(             \
       const T* rows, const int* index, const int* offsets, const float* weights, fsmoe::index_t count,                \
       fsmoe::index_t tokens, int k, fsmoe::index_t cols, T* out) {                                                    \
     fsmoe::combine_forward<T, U>(rows, index, offsets, weights, count, tokens, k, cols, out);                         \

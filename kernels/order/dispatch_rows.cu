@@ -15,7 +15,7 @@ namespace fsmoe {
 
 template <typename T, int N>
 __device__ __forceinline__ void dispatch_rows_in(const T* __restrict__ x, const int* __restrict__ index, index_t tokens,
-                                                 int k, index_t cols, const int* __restrict__ row_token,
+                                                 int k, int cols, const int* __restrict__ row_token,
                                                  index_t written, index_t rows, index_t clear_blocks,
                                                  T* __restrict__ dst) {
   if (blockIdx.x < clear_blocks) {
@@ -24,21 +24,23 @@ __device__ __forceinline__ void dispatch_rows_in(const T* __restrict__ x, const 
   }
   constexpr int in_flight = 2;
   const int lane = threadIdx.x % warp_size;
-  for_each_segment<N, in_flight>(tokens, cols, clear_blocks, [&](index_t token, index_t col) {
+  for_each_segment<N, in_flight>(tokens, cols, clear_blocks, [&](index_t token, int col) {
     Packed<N, T> data[in_flight];
+    const T* const from_row = x + token * cols;
 #pragma unroll
     for (int u = 0; u < in_flight; ++u) {
-      data[u] = load_packed<N>(x + token * cols + min(col + u * warp_size * N, cols - N));
+      data[u] = load_packed<N>(from_row + min(col + u * warp_size * N, cols - N));
     }
     for (int from = 0; from < k; from += warp_size) {
       const int mine = from + lane < k ? index[token * k + from + lane] : -1;
       for (int j = 0; j < min(k - from, warp_size); ++j) {
         const int row = __shfl_sync(full_warp, mine, j);
         if (row < 0 || row >= rows) continue;
+        T* const to = dst + static_cast<index_t>(row) * cols;
 #pragma unroll
         for (int u = 0; u < in_flight; ++u) {
-          const index_t at = col + u * warp_size * N;
-          if (at < cols) store_packed(dst + row * cols + at, data[u]);
+          const int at = col + u * warp_size * N;
+          if (at < cols) store_packed(to + at, data[u]);
         }
       }
     }
@@ -51,9 +53,9 @@ __device__ __forceinline__ void dispatch_rows(const T* x, const int* index, inde
                                               index_t clear_blocks, T* dst) {
   const index_t written = row_limit(limit, rows);
   if (rows_are_aligned(x, cols) && rows_are_aligned(dst, cols)) {
-    dispatch_rows_in<T, vector_width<T>>(x, index, tokens, k, cols, row_token, written, rows, clear_blocks, dst);
+    dispatch_rows_in<T, vector_width<T>>(x, index, tokens, k, static_cast<int>(cols), row_token, written, rows, clear_blocks, dst);
   } else {
-    dispatch_rows_in<T, 1>(x, index, tokens, k, cols, row_token, written, rows, clear_blocks, dst);
+    dispatch_rows_in<T, 1>(x, index, tokens, k, static_cast<int>(cols), row_token, written, rows, clear_blocks, dst);
   }
 }
 
@@ -63,7 +65,7 @@ __device__ __forceinline__ void dispatch_rows(const T* x, const int* index, inde
 // Entry points
 
 #define FSMOE_DISPATCH_ROWS(suffix, T)                                                                                \
-  extern "C" __global__ void __launch_bounds__(256) dispatch_rows_##suffix(                                           \
+  extern "C" __global__ void __launch_bounds__(256, 8) dispatch_rows_##suffix(                                           \
       const T* x, const int* index, fsmoe::index_t tokens, int k, fsmoe::index_t cols, const int* row_token,          \
       const int* limit, fsmoe::index_t rows, fsmoe::index_t clear_blocks, T* dst) {                                   \
     fsmoe::dispatch_rows(x, index, tokens, k, cols, row_token, limit, rows, clear_blocks, dst);                       \

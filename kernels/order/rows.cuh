@@ -4,7 +4,6 @@
 
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
-#include "common/walk.cuh"
 
 namespace fsmoe {
 
@@ -116,17 +115,17 @@ __device__ __forceinline__ void clear_empty_rows(const int* __restrict__ row_tok
 
 // Walks (rows, segments of cols) by warps, from the grid's block `first` on: calls body(row, col) with the warp's row and the
 // lane's first column; a segment has C vectors of N elements for each lane, warp_size * N columns apart. A warp has one row,
-// so what it must know of it is read once.
+// so what it must know of it is read once. Segments are numbered in 32 bits: no memory has more.
 template <int N, int C, typename Body>
-__device__ __forceinline__ void for_each_segment(index_t rows, index_t cols, index_t first, Body body) {
-  constexpr int width = C * warp_size * N;
-  const index_t segments = (cols + width - 1) / width;
-  const index_t warps = blockDim.x / warp_size;
-  const index_t items = rows * segments;
-  for (index_t item = (blockIdx.x - first) * warps + threadIdx.x / warp_size; item < items;
+__device__ __forceinline__ void for_each_segment(index_t rows, int cols, unsigned first, Body body) {
+  constexpr unsigned width = C * warp_size * N;
+  const unsigned segments = (cols + width - 1) / width;
+  const unsigned warps = blockDim.x / warp_size;
+  const unsigned items = static_cast<unsigned>(rows) * segments;
+  for (unsigned item = (blockIdx.x - first) * warps + threadIdx.x / warp_size; item < items;
        item += (gridDim.x - first) * warps) {
-    const index_t row = divide(item, segments);
-    body(row, (item - row * segments) * width + threadIdx.x % warp_size * N);
+    const unsigned row = item / segments;
+    body(static_cast<index_t>(row), static_cast<int>((item - row * segments) * width + threadIdx.x % warp_size * N));
   }
 }
 
