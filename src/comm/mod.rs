@@ -1,7 +1,7 @@
 //! Collectives among ranks: what a communicator offers, how ranks are divided into groups, and all-to-all algorithms.
 //!
 //! A collective is called by every rank of its group, in the same order on all of them, with the same sizes and dtype.
-//! [`local`] has ranks as threads of one process.
+//! [`local`] has ranks as threads of one process, on the CPU or sharing a GPU.
 
 mod all_to_all;
 mod check;
@@ -10,7 +10,8 @@ pub mod local;
 mod topology;
 
 pub use all_to_all::{
-    AllToAll, AllToAllKind, Counts, Direct, GroupComms, Hierarchical1d, Hierarchical2d, Levels, all_phases, arrange,
+    AllToAll, AllToAllKind, Arranger, Counts, Direct, GroupComms, Hierarchical1d, Hierarchical2d, Levels, all_phases,
+    arrange,
 };
 pub use groups::Groups;
 pub use topology::{GroupKind, NodeShape, Sizes, Topology};
@@ -92,7 +93,7 @@ pub trait Communicator: Send + Sync {
         let parts = lane.empty([self.size(), recv.elements()], recv.dtype())?;
         let parts: Vec<Tensor> = (0..self.size()).map(|i| parts.index(i)).collect::<Result<_>>()?;
         self.all_to_all_ragged(lane, sends, &parts)?;
-        sum_in_order(lane, &parts, recv)
+        lane.sum_parts(&parts, recv)
     }
 
     /// `data` = the sum over ranks of their `data`, on all of them.
@@ -151,17 +152,4 @@ fn blocks(t: &Tensor, n: usize) -> Result<Vec<Tensor>> {
     let flat = t.reshape([t.elements()])?;
     let each = t.elements() / n;
     (0..n).map(|i| flat.narrow(0, i * each, each)).collect()
-}
-
-/// `out` = the sum of `parts`, added in their order in the accumulation type and rounded once. `out` may be one of them.
-fn sum_in_order(lane: &Lane, parts: &[Tensor], out: &Tensor) -> Result<()> {
-    if out.elements() == 0 {
-        return Ok(());
-    }
-    let sum = lane.empty(*out.shape(), out.dtype().accumulate())?;
-    for (i, part) in parts.iter().enumerate() {
-        let beta = if i == 0 { 0.0 } else { 1.0 };
-        lane.axpby(1.0, &part.reshape(*out.shape())?, beta, &sum)?;
-    }
-    lane.copy(&sum, out)
 }

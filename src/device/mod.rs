@@ -9,10 +9,11 @@ mod kernels;
 pub use choice::DeviceChoice;
 pub use kernels::*;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::{DType, Place, Shape, Tensor};
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Which of a rank's three queues a lane is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,6 +68,49 @@ impl Lane {
     /// Which queue this is.
     pub fn kind(&self) -> LaneKind {
         self.kind
+    }
+
+    /// Another queue of the same device, with `share` of it where it is a GPU.
+    ///
+    /// # Errors
+    /// If the driver has no stream left, or the share is of nothing.
+    pub fn beside(&self, kind: LaneKind, share: cuda::Share) -> Result<Lane> {
+        match self.as_cuda() {
+            Some(cuda) => Ok(Lane::new(Arc::new(cuda.fork_with(share)?), kind)),
+            None => Ok(Lane::new(self.kernels.clone(), kind)),
+        }
+    }
+
+    /// Marks the end of what has been issued so far. Only a mark that is `timed` can tell its time.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn record(&self, timed: bool) -> Result<Mark> {
+        let Some(cuda) = self.as_cuda() else { return Ok(Mark(Point::Past(Instant::now()))) };
+        let event = if timed { cuda.timer()? } else { cuda.event()? };
+        cuda.record(&event)?;
+        Ok(Mark(Point::Event(Arc::new(event))))
+    }
+
+    /// Holds what will be issued on this lane back until `mark` has been reached. Does not wait itself.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn wait(&self, mark: &Mark) -> Result<()> {
+        match (self.as_cuda(), &mark.0) {
+            (Some(cuda), Point::Event(event)) => cuda.wait(event),
+            // What was issued on the host's processor has run.
+            (_, Point::Past(_)) => Ok(()),
+            (None, Point::Event(event)) => event.synchronize(),
+        }
+    }
+
+    /// Waits until everything issued on this lane has run.
+    ///
+    /// # Errors
+    /// Whatever went wrong on the device since.
+    pub fn synchronize(&self) -> Result<()> {
+        self.as_cuda().map_or(Ok(()), cuda::Cuda::synchronize)
     }
 
     /// A new tensor of unspecified content.
@@ -152,6 +196,39 @@ impl Lane {
         }
         let wide = self.cast(t, DType::F64)?;
         Ok(self.to_host(&wide)?.to_vec::<f64>()?[0])
+    }
+}
+
+/// A point in a lane's work; see [`Lane::record`].
+#[derive(Clone, Debug)]
+pub struct Mark(Point);
+
+#[derive(Clone, Debug)]
+enum Point {
+    /// On the host's processor: everything before it had run by then.
+    Past(Instant),
+    Event(Arc<cuda::Event>),
+}
+
+impl Mark {
+    /// A point in time on the host's processor.
+    pub fn at(time: Instant) -> Self {
+        Mark(Point::Past(time))
+    }
+
+    /// Seconds from this point to `later`; waits until both have been reached.
+    ///
+    /// # Errors
+    /// If one of them is not timed, they are not of one device, or the device fails.
+    pub fn seconds_to(&self, later: &Mark) -> Result<f64> {
+        match (&self.0, &later.0) {
+            (Point::Past(a), Point::Past(b)) => Ok(b.saturating_duration_since(*a).as_secs_f64()),
+            (Point::Event(a), Point::Event(b)) => {
+                b.synchronize()?;
+                Ok(a.elapsed_ms(b)? / 1e3)
+            }
+            _ => Err(Error::Device("the time between points of two devices".into())),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The executor over a device's queues: what is issued runs later, in the order of its lane.
 
 use super::{LANES, TaskGraph, TaskId, Timeline, lane_name};
-use crate::device::LaneKind;
+use crate::device::{Lane, LaneKind, Mark};
 use crate::error::{Error, Result};
 use std::fmt::Display;
 
@@ -27,6 +27,25 @@ pub trait Streams {
     /// # Errors
     /// If the device, or work issued before the events, fails.
     fn seconds(&mut self, from: &Self::Event, to: &Self::Event) -> Result<f64>;
+}
+
+/// A rank's lanes as queues, in the order of [`LANES`].
+pub struct LaneStreams<'a>(pub &'a [Lane; 3]);
+
+impl Streams for LaneStreams<'_> {
+    type Event = Mark;
+
+    fn record(&mut self, lane: LaneKind, timed: bool) -> Result<Mark> {
+        self.0[lane as usize].record(timed)
+    }
+
+    fn wait(&mut self, lane: LaneKind, event: &Mark) -> Result<()> {
+        self.0[lane as usize].wait(event)
+    }
+
+    fn seconds(&mut self, from: &Mark, to: &Mark) -> Result<f64> {
+        from.seconds_to(to)
+    }
 }
 
 /// The events of a graph that has been issued.
@@ -102,6 +121,11 @@ pub fn issue<S: Streams, Op: Display>(
 }
 
 impl<E> Issued<E> {
+    /// Where every task begins and ends, in the order of the graph, if it was issued `timed`; otherwise nothing.
+    pub fn events(&self) -> impl Iterator<Item = (&E, &E)> {
+        self.starts.iter().zip(self.ends.iter().flatten())
+    }
+
     /// When every task ran, of a graph that was issued `timed`; waits for its end.
     ///
     /// # Errors
@@ -115,7 +139,7 @@ impl<E> Issued<E> {
             return Err(Error::Config("a timeline of a graph that was not issued with timed events".into()));
         }
         let mut times = Vec::with_capacity(graph.len());
-        for (start, end) in self.starts.iter().zip(self.ends.iter().flatten()) {
+        for (start, end) in self.events() {
             times.push((streams.seconds(&self.begin, start)?, streams.seconds(&self.begin, end)?));
         }
         Ok(Timeline::of(graph, times))

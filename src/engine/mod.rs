@@ -24,7 +24,7 @@ pub use cancel::Cancel;
 pub(crate) use cpu::caught;
 pub use cpu::{CpuLanes, Pending};
 pub use graph::{TaskGraph, TaskId};
-pub use issue::{Issued, Streams, issue};
+pub use issue::{Issued, LaneStreams, Streams, issue};
 pub use simulate::{Bound, Simulator};
 pub use timeline::{Span, Timeline};
 

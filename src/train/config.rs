@@ -196,12 +196,6 @@ impl Settings {
     pub fn resolve_on(&self, place: Place) -> Result<(TrainConfig, ModelConfig)> {
         let model = self.model()?;
         let train = TrainConfig { world: WorldConfig::of(self, &model)?, ..self.train(place)? };
-        if train.world.sizes.ranks > 1 && place != Place::Cpu {
-            config_err!(
-                "--ranks {} on {place}: ranks share the work on the CPU; or --device cpu",
-                train.world.sizes.ranks
-            );
-        }
         let dp = train.world.sizes.dp;
         if !train.batch.is_multiple_of(dp) {
             config_err!("--batch {} with --dp {dp}: each data-parallel rank has as many sequences", train.batch);

@@ -110,7 +110,7 @@ impl Ranks {
         self.parallel.settle()?;
         for slice in self.gradients.rest() {
             let lane = self.parallel.groups().lane(Parallel::reduces(slice.group));
-            self.gradients.reduce(self.parallel.lane(lane), slice)?;
+            self.parallel.beside(lane, |lane| self.gradients.reduce(lane, slice))?;
         }
         Ok(())
     }

@@ -8,8 +8,9 @@ use super::run::{Metrics, RunDir};
 use super::trainer::{StepOutcome, Trainer};
 use super::world::{CommKind, WorldConfig};
 use super::{ceiling, interrupt, memory};
+use crate::comm::local::Cluster;
 use crate::comm::{Topology, local};
-use crate::device::Lane;
+use crate::device::{Lane, LaneKind};
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;
 use crate::model::ModelConfig;
@@ -62,12 +63,16 @@ pub fn train(request: Request) -> Result<Summary> {
         ranks => {
             let topology = Topology::new(sizes)?;
             let json = Mutex::new(request.json);
-            local::run(ranks, timeout, |world| {
+            let lane = Lane::at(place)?;
+            let share = local::share(&lane, ranks);
+            let cluster = Cluster { nodes: sizes.nodes, ..Cluster::on(&lane, ranks, timeout) };
+            local::run_on(&cluster, |world| {
                 let json = match world.rank() {
                     0 => json.lock().unwrap_or_else(PoisonError::into_inner).take(),
                     _ => None,
                 };
-                let parallel = Parallel::new(world, topology, all_to_all.build())?;
+                let parallel =
+                    Parallel::new(&lane.beside(LaneKind::Compute, share)?, world, topology, all_to_all.build())?;
                 run.session(Some(&parallel), json)?.run()
             })?
         }
@@ -91,7 +96,10 @@ struct Run {
 impl Run {
     /// The part of it on one rank.
     fn session(&self, parallel: Option<&Arc<Parallel>>, json: Option<Box<dyn Write + Send>>) -> Result<Session> {
-        let lane = Lane::at(self.place)?;
+        let lane = match parallel {
+            Some(parallel) => parallel.lane(LaneKind::Compute).clone(),
+            None => Lane::at(self.place)?,
+        };
         let (config, model) = (self.config.clone(), self.model.clone());
         memory::check(&lane, &config, &model)?;
         let corpus = match &self.settings.data {

@@ -3,7 +3,7 @@
 //!
 //! Below, rank (a, l) is the l-th of the group's a-th node.
 
-use super::{AllToAll, Counts, Direct, GroupComms, Levels, arrange, exchange};
+use super::{AllToAll, Arranger, Counts, Direct, GroupComms, Levels, exchange};
 use crate::device::{Lane, LaneKind};
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -22,6 +22,7 @@ pub struct Hierarchical2d;
 struct Place<'a> {
     levels: &'a Levels,
     counts: &'a Counts,
+    arranger: &'a Arranger,
     nodes: usize,
     per_node: usize,
     /// Its node in the group.
@@ -31,10 +32,11 @@ struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    fn new(comms: &GroupComms, levels: &'a Levels, counts: &'a Counts) -> Self {
+    fn new(comms: &'a GroupComms, levels: &'a Levels, counts: &'a Counts) -> Self {
         let (nodes, per_node) = (levels.shape.nodes, levels.shape.per_node);
         let rank = comms.group().rank();
-        Place { levels, counts, nodes, per_node, node: rank / per_node, local: rank % per_node }
+        let (node, local, arranger) = (rank / per_node, rank % per_node, comms.arranger());
+        Place { levels, counts, arranger, nodes, per_node, node, local }
     }
 
     /// The rank's number in the group.
@@ -70,7 +72,7 @@ impl<'a> Place<'a> {
         let mut at: Vec<(Pair, std::ops::Range<usize>)> = have.iter().copied().zip(ranges).collect();
         at.sort_unstable_by_key(|(pair, _)| *pair);
         let find = |pair: &Pair| at.binary_search_by_key(pair, |(p, _)| *p).map_or(0..0, |i| at[i].1.clone());
-        arrange(lane, t, &want.iter().map(find).collect::<Vec<_>>())
+        self.arranger.arrange(lane, t, &want.iter().map(find).collect::<Vec<_>>())
     }
 }
 

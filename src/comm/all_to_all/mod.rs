@@ -11,8 +11,9 @@ use crate::device::{Lane, LaneKind};
 use crate::error::{Result, config_err, shape_err};
 use crate::named::named;
 use crate::tensor::Tensor;
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// An all-to-all of rows, in phases.
 ///
@@ -67,8 +68,24 @@ pub fn all_phases(
     counts: &Counts,
     rows: &Tensor,
 ) -> Result<Tensor> {
-    let mut phases = algorithm.phases(comms).into_iter().enumerate();
-    phases.try_fold(rows.clone(), |t, (i, kind)| algorithm.run(i, comms, &lane(kind), counts, &t))
+    let phases = algorithm.phases(comms);
+    let (mut t, mut before): (Tensor, Option<Lane>) = (rows.clone(), None);
+    // What a lane has left is kept until the next has been given its work.
+    let mut kept = Vec::with_capacity(phases.len());
+    for (i, kind) in phases.into_iter().enumerate() {
+        let lane = lane(kind);
+        if let Some(before) = &before {
+            lane.wait(&before.record(false)?)?;
+        }
+        let next = algorithm.run(i, comms, &lane, counts, &t)?;
+        kept.push(std::mem::replace(&mut t, next));
+        before = Some(lane);
+    }
+    // Whoever comes to lie in the memory of what is let go comes after what has read it.
+    if let (Some(last), true) = (&before, kept.len() > 1) {
+        last.synchronize()?;
+    }
+    Ok(t)
 }
 
 /// The communicators of a group that an all-to-all runs over.
@@ -77,6 +94,7 @@ pub struct GroupComms {
     group: Arc<dyn Communicator>,
     lane: LaneKind,
     levels: Option<Levels>,
+    arranger: Arc<Arranger>,
 }
 
 /// A group on several nodes with several members on each.
@@ -110,7 +128,7 @@ impl GroupComms {
             }
             _ => None,
         };
-        Ok(GroupComms { group, lane, levels })
+        Ok(GroupComms { group, lane, levels, arranger: Arc::default() })
     }
 
     /// The whole group.
@@ -121,6 +139,11 @@ impl GroupComms {
     /// The lane of the whole group's collectives.
     pub fn lane(&self) -> LaneKind {
         self.lane
+    }
+
+    /// What puts rows in another order.
+    pub fn arranger(&self) -> &Arranger {
+        &self.arranger
     }
 
     /// Its two levels; none where it has one node, one member on each, or lies on its nodes unevenly.
@@ -192,11 +215,59 @@ impl Counts {
 /// Up to so many runs of rows are copied one by one; more are gathered by index.
 const FEW_RUNS: usize = 4;
 
-/// The rows of `t` (R, M) in the order of `ranges`: `t` itself where that is the order they have.
+/// As many orders of rows are kept before they are forgotten: those of layers without padding differ every time.
+const MOST_ORDERS: usize = 1024;
+
+/// Puts rows in another order. Orders come again step after step: on a GPU they are kept there.
+#[derive(Default)]
+pub struct Arranger(Mutex<HashMap<(LaneKind, Vec<Range<usize>>), Tensor>>);
+
+impl Arranger {
+    /// The rows of `t` (R, M) in the order of `ranges`: `t` itself where that is the order they have.
+    ///
+    /// # Errors
+    /// If a range reaches past the rows, or the device has no memory left.
+    pub fn arrange(&self, lane: &Lane, t: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor> {
+        arrange_by(lane, t, ranges, |runs| {
+            if lane.as_cuda().is_none() {
+                return index(lane, &runs);
+            }
+            let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            // Of this lane alone: what another has uploaded may not be there yet.
+            let key = (lane.kind(), runs);
+            if let Some(index) = known.get(&key) {
+                return Ok(index.clone());
+            }
+            if known.len() >= MOST_ORDERS {
+                known.clear();
+            }
+            let index = index(lane, &key.1)?;
+            known.insert(key, index.clone());
+            Ok(index)
+        })
+    }
+}
+
+/// [`Arranger::arrange`] that keeps nothing.
 ///
 /// # Errors
-/// If a range reaches past the rows, or the device has no memory left.
+/// As it.
 pub fn arrange(lane: &Lane, t: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor> {
+    arrange_by(lane, t, ranges, |runs| index(lane, &runs))
+}
+
+/// The rows of these runs, one after another: (R) i32.
+fn index(lane: &Lane, runs: &[Range<usize>]) -> Result<Tensor> {
+    let rows: Vec<i32> = runs.iter().cloned().flatten().map(|row| row as i32).collect();
+    lane.to_device(&Tensor::from_slice(&rows, [rows.len()])?)
+}
+
+fn arrange_by(
+    lane: &Lane,
+    t: &Tensor,
+    ranges: &[Range<usize>],
+    index: impl FnOnce(Vec<Range<usize>>) -> Result<Tensor>,
+) -> Result<Tensor> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for range in ranges.iter().filter(|r| !r.is_empty()) {
         match runs.last_mut() {
@@ -210,9 +281,7 @@ pub fn arrange(lane: &Lane, t: &Tensor, ranges: &[Range<usize>]) -> Result<Tenso
     }
     let out = lane.empty([total, t.dim(1)], t.dtype())?;
     if runs.len() > FEW_RUNS && t.dtype().is_float() {
-        let index: Vec<i32> = runs.into_iter().flatten().map(|row| row as i32).collect();
-        let index = lane.to_device(&Tensor::from_slice(&index, [total])?)?;
-        lane.gather_rows(t, &index, &out)?;
+        lane.gather_rows(t, &index(runs)?, &out)?;
         return Ok(out);
     }
     let mut at = 0;

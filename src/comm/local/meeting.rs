@@ -1,6 +1,8 @@
 //! Where the ranks of a group meet: each leaves what it brings and gets what all have brought.
 
 use super::super::{describe_group, list};
+use super::staging::Staged;
+use crate::device::Mark;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 use std::fmt;
@@ -13,6 +15,10 @@ pub(super) struct World {
     /// Whether a rank leaves a group when it drops its handle. Otherwise whoever runs the ranks says when one leaves: a
     /// handle may go because its rank has failed, and why it did is the better reason.
     pub(super) leave_on_drop: bool,
+    /// Ranks of each node.
+    pub(super) per_node: usize,
+    /// How long a rank that waits keeps looking before it sleeps: a thread that sleeps is slow to wake.
+    pub(super) spin: Duration,
     state: Mutex<WorldState>,
 }
 
@@ -21,6 +27,9 @@ struct WorldState {
     failure: Option<Failure>,
     groups: Vec<Weak<Group>>,
 }
+
+/// How often a rank that keeps looking pauses between looks.
+const SPINS: usize = 50;
 
 /// Why a world is of no more use.
 #[derive(Clone)]
@@ -36,8 +45,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl World {
-    pub(super) fn new(timeout: Duration, leave_on_drop: bool) -> Arc<World> {
-        Arc::new(World { timeout, leave_on_drop, state: Mutex::default() })
+    pub(super) fn new(timeout: Duration, leave_on_drop: bool, per_node: usize, spin: Duration) -> Arc<World> {
+        Arc::new(World { timeout, leave_on_drop, per_node, spin, state: Mutex::default() })
     }
 
     pub(super) fn failure(&self) -> Option<Failure> {
@@ -129,6 +138,10 @@ pub(super) struct Brought {
     pub(super) sends: Vec<Tensor>,
     /// How many elements it means to receive from each rank, where these differ.
     pub(super) expects: Vec<usize>,
+    /// When the others may read what it sends, or when it has read what they sent.
+    pub(super) mark: Option<Mark>,
+    /// Where ranks of other nodes find what it sends.
+    pub(super) staged: Option<Staged>,
     /// For a split.
     pub(super) split: Option<(usize, usize)>,
     pub(super) group: Option<Arc<Group>>,
@@ -136,7 +149,7 @@ pub(super) struct Brought {
 
 impl Brought {
     pub(super) fn new(call: Call) -> Brought {
-        Brought { call, sends: Vec::new(), expects: Vec::new(), split: None, group: None }
+        Brought { call, sends: Vec::new(), expects: Vec::new(), mark: None, staged: None, split: None, group: None }
     }
 }
 
@@ -169,7 +182,8 @@ impl Group {
         if let Some(failure) = self.world.failure() {
             return Err(failure.reason);
         }
-        let deadline = Instant::now() + self.world.timeout;
+        let begin = Instant::now();
+        let (deadline, spin_until) = (begin + self.world.timeout, begin + self.world.spin);
         let mut state = lock(&self.state);
         if let Some(other) = &state.brought[member] {
             return Err(format!("this rank has {} pending: one collective of a group at a time", other.call));
@@ -200,6 +214,12 @@ impl Group {
             if now >= deadline {
                 let timeout = self.world.timeout;
                 return Err(format!("rank {} did not come within {timeout:?}", absent(&|_| true)));
+            }
+            if now < spin_until {
+                drop(state);
+                (0..SPINS).for_each(|_| std::hint::spin_loop());
+                state = lock(&self.state);
+                continue;
             }
             let waited = self.changed.wait_timeout(state, deadline - now);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;

@@ -57,7 +57,7 @@ proptest! {
             }
 
             let (send, recv) = (Tensor::host([p, n], dtype), Tensor::host([p, n], dtype));
-            (0..p).try_for_each(|to| copy(&lane, &tensor(id(me, to), n, dtype), &send.index(to)?))?;
+            (0..p).try_for_each(|to| lane.copy_many(&[(tensor(id(me, to), n, dtype), send.index(to)?)]))?;
             comm.all_to_all(&lane, &send, &recv)?;
             for from in 0..p {
                 assert_eq!(wide(&recv.index(from)?), wide(&tensor(id(from, me), n, dtype)));

@@ -2,11 +2,13 @@
 
 use super::Cpu;
 use super::util::{Num, Real, Shared, distinct, float_type, input, on_host, output};
-use crate::device::MemoryKernels;
+use crate::device::{CommKernels, MemoryKernels};
 use crate::error::{Result, shape_err};
 use crate::rng::Counter;
 use crate::tensor::{DType, Element, Layout, Place, Shape, Tensor};
 use rayon::prelude::*;
+
+impl CommKernels for Cpu {}
 
 impl MemoryKernels for Cpu {
     fn place(&self) -> Place {

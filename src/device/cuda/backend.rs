@@ -9,7 +9,7 @@ use super::args::{Args, suffix};
 use super::blas::Blas;
 use super::pool::{Pool, Usage};
 use super::{CudaError, Launch, Modules, open};
-use crate::error::{Error, Result, shape_err};
+use crate::error::{Error, Result, config_err, shape_err};
 use crate::tensor::{DType, Layout, Place, Shape, Tensor};
 
 /// Threads of a block of the elementwise kernels, which take any number.
@@ -29,6 +29,17 @@ struct Inner {
     /// What tensors are allocated from: the lane's own pool, or a graph's while it is captured.
     pool: Mutex<Arc<Pool>>,
     blas: Blas,
+    share: Share,
+}
+
+/// How a lane shares its GPU with others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    /// As many streaming multiprocessors are all that its grids are sized for, as far as kernels choose their grid; none:
+    /// all that there are.
+    pub multiprocessors: Option<u32>,
+    /// Where blocks of several lanes are waiting, this lane's begin first.
+    pub urgent: bool,
 }
 
 impl Cuda {
@@ -39,7 +50,7 @@ impl Cuda {
     pub fn new(ordinal: usize) -> Result<Self> {
         let context = open(ordinal)?;
         let modules = Arc::new(Modules::new(&context)?);
-        Self::on(context, modules)
+        Self::on(context, modules, Share::default())
     }
 
     /// Another lane on the same GPU: a stream and memory of its own.
@@ -47,7 +58,25 @@ impl Cuda {
     /// # Errors
     /// If the driver has no stream left.
     pub fn fork(&self) -> Result<Self> {
-        Self::on(self.0.context.clone(), self.0.modules.clone())
+        self.fork_with(self.0.share)
+    }
+
+    /// [`Cuda::fork`] with another share of the GPU.
+    ///
+    /// # Errors
+    /// As [`Cuda::fork`], and if the share is of no multiprocessor.
+    pub fn fork_with(&self, share: Share) -> Result<Self> {
+        if share.multiprocessors == Some(0) {
+            config_err!("a lane with 0 multiprocessors: it has at least 1");
+        }
+        Self::on(self.0.context.clone(), self.0.modules.clone(), share)
+    }
+
+    /// The multiprocessors that grids are sized for.
+    #[must_use]
+    pub fn multiprocessors(&self) -> u32 {
+        let all = self.0.modules.multiprocessors();
+        self.0.share.multiprocessors.map_or(all, |n| n.min(all))
     }
 
     /// This lane with other kernels: the same stream and memory.
@@ -56,16 +85,23 @@ impl Cuda {
     /// If cuBLAS makes no further handle.
     pub fn with_modules(&self, modules: Arc<Modules>) -> Result<Self> {
         let (context, stream, pool) = (self.0.context.clone(), self.0.stream.clone(), self.pool());
-        let blas = Blas::new(&stream, &pool)?;
-        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas })))
+        let blas = Blas::new(&stream, &pool, self.0.share.multiprocessors)?;
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas, share: self.0.share })))
     }
 
-    fn on(context: Arc<CudaContext>, modules: Arc<Modules>) -> Result<Self> {
+    fn on(context: Arc<CudaContext>, modules: Arc<Modules>, share: Share) -> Result<Self> {
         context.bind_to_thread().map_err(CudaError::driver("making the GPU's context current"))?;
-        let stream = context.new_stream().map_err(CudaError::driver("creating a stream"))?;
+        let stream = if share.urgent {
+            let (_, most_urgent) = result::stream::get_priority_range()
+                .map_err(CudaError::driver("asking for the priorities of streams"))?;
+            context.new_stream_with_priority(most_urgent)
+        } else {
+            context.new_stream()
+        };
+        let stream = stream.map_err(CudaError::driver("creating a stream"))?;
         let pool = Pool::new(context.clone());
-        let blas = Blas::new(&stream, &pool)?;
-        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas })))
+        let blas = Blas::new(&stream, &pool, share.multiprocessors)?;
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas, share })))
     }
 
     /// The GPU's number.
@@ -236,7 +272,7 @@ impl Cuda {
     /// the grid.
     pub(super) fn blocks(&self, items: usize) -> u32 {
         // 2048 threads per multiprocessor.
-        let most = u64::from(self.0.modules.multiprocessors() * (2048 / THREADS));
+        let most = u64::from(self.multiprocessors() * (2048 / THREADS));
         (items as u64).div_ceil(u64::from(THREADS)).clamp(1, most) as u32
     }
 

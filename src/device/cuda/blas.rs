@@ -21,7 +21,8 @@ pub(super) struct Blas {
 }
 
 impl Blas {
-    pub(super) fn new(stream: &Arc<CudaStream>, pool: &Arc<Pool>) -> Result<Self> {
+    /// A handle whose products take `multiprocessors` of the GPU, or all.
+    pub(super) fn new(stream: &Arc<CudaStream>, pool: &Arc<Pool>, multiprocessors: Option<u32>) -> Result<Self> {
         // SAFETY: this runs the initialisers of libcublas.so, which expects to be loaded by any thread at any time.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::Device("cuBLAS (libcublas.so) cannot be loaded; install CUDA's libraries".into()));
@@ -38,6 +39,12 @@ impl Blas {
         unsafe { sys::cublasSetMathMode(*handle.handle(), math) }
             .result()
             .map_err(failed("setting cuBLAS's precision"))?;
+        if let Some(n) = multiprocessors {
+            // SAFETY: the handle is valid.
+            unsafe { sys::cublasSetSmCountTarget(*handle.handle(), i32::try_from(n).unwrap_or(i32::MAX)) }
+                .result()
+                .map_err(failed(format!("telling cuBLAS to take {n} multiprocessors")))?;
+        }
         Ok(Blas { handle, _workspace: workspace })
     }
 

@@ -500,7 +500,7 @@ impl Cuda {
         }
         let tiles = g.n.div_ceil(ROW_TILE);
         // The tiles' number is known here: what counts is how often the GPU is filled with them.
-        let multiprocessors = self.modules().multiprocessors() as usize;
+        let multiprocessors = self.multiprocessors() as usize;
         let cost = |w: &&Width| (g.e * tiles * pairs.len() * g.k.div_ceil(w.cols)).div_ceil(multiprocessors) * w.cost;
         let cols = WEIGHT.iter().min_by_key(cost).map_or(0, |w| w.cols);
         let compiled = Compiled { cols, weights: 1, transposed: true };
@@ -650,7 +650,7 @@ impl Problem {
         mut args: T,
     ) -> Result<()> {
         let function = cuda.modules().function(&format!("{op}_bf16_{}", compiled.cols))?;
-        let grid = (cuda.modules().multiprocessors() / CLUSTER * CLUSTER).max(CLUSTER);
+        let grid = (cuda.multiprocessors() / CLUSTER * CLUSTER).max(CLUSTER);
         let launch = Launch { grid: (grid, 1, 1), block: (THREADS, 1, 1), shared: SHARED };
         let mut pointers: [*mut c_void; 3] =
             [(&raw mut maps).cast(), (&raw mut schedule).cast(), (&raw mut args).cast()];

@@ -14,6 +14,7 @@ mod args;
 mod attention;
 mod backend;
 mod blas;
+mod comm;
 mod event;
 mod expert;
 mod gate;
@@ -34,7 +35,7 @@ mod selftest;
 mod sort;
 mod walk;
 
-pub use backend::Cuda;
+pub use backend::{Cuda, Share};
 /// The CUDA driver's own types that this module's interface is made of.
 pub use cudarc::driver::{CudaContext as Context, CudaSlice, CudaStream as Stream};
 pub use event::Event;

@@ -14,6 +14,7 @@
 //! - Shapes and dtypes are checked; an error names the operation, the shape and the rule.
 
 mod choice;
+mod comm;
 mod expert;
 mod gate;
 mod grouped;
@@ -24,6 +25,8 @@ mod optim;
 mod order;
 
 pub use choice::{ChoiceRule, Chosen, ChosenGrad, SUM_EPS, Score, Slots};
+pub use comm::CommKernels;
+pub(in crate::device) use comm::{check_pairs, check_parts};
 pub use expert::{ExpertKernels, Gelu};
 pub use gate::{ExpertGroups, GateKernels};
 pub(in crate::device) use grouped::compose;
@@ -37,7 +40,15 @@ pub(in crate::device) use order::{check_blocks, check_index};
 
 /// All primitive operations of a backend.
 pub trait Kernels:
-    MemoryKernels + MathKernels + ExpertKernels + GroupedKernels + GateKernels + OrderKernels + ModelKernels + OptimKernels
+    MemoryKernels
+    + MathKernels
+    + ExpertKernels
+    + GroupedKernels
+    + GateKernels
+    + OrderKernels
+    + CommKernels
+    + ModelKernels
+    + OptimKernels
 {
 }
 
@@ -48,6 +59,7 @@ impl<K> Kernels for K where
         + GroupedKernels
         + GateKernels
         + OrderKernels
+        + CommKernels
         + ModelKernels
         + OptimKernels
 {

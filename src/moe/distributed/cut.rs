@@ -1,8 +1,8 @@
 //! How rows are cut into pieces, and in which order the pieces lie at every stage of their way.
 
-use crate::comm::{Counts, arrange};
+use crate::comm::{Arranger, Counts};
 use crate::device::Lane;
-use crate::error::{Result, shape_err};
+use crate::error::{Result, config_err, shape_err};
 use crate::moe::RowSplit;
 use crate::schedule::MAX_CHUNKS;
 use crate::tensor::Tensor;
@@ -21,8 +21,10 @@ pub(super) struct Cut {
     rows: Vec<Vec<usize>>,
     /// Whether all of these are the same.
     even: bool,
-    /// In how many pieces rows are cut.
-    pieces: usize,
+    /// The most chunks: each source's rows for each expert are cut at multiples of one in so many.
+    units: usize,
+    /// Where pieces begin and end, in these units.
+    bounds: Vec<usize>,
 }
 
 /// One piece of what one source has for one expert.
@@ -37,7 +39,8 @@ impl Cut {
     /// Of as many rows from every source for every expert: the padded layout.
     pub(super) fn even(groups: (usize, usize), me: (usize, usize), experts: usize, rows: usize) -> Cut {
         let rows_by = vec![vec![rows; experts]; groups.0 * groups.1];
-        Cut { groups, me, rows: rows_by, even: true, pieces: rows.clamp(1, MAX_CHUNKS) }
+        let units = rows.clamp(1, MAX_CHUNKS);
+        Cut { groups, me, rows: rows_by, even: true, units, bounds: (0..=units).collect() }
     }
 
     /// Of `rows[source][expert]`. The number of pieces does not depend on them: every rank runs the same graph.
@@ -48,7 +51,18 @@ impl Cut {
         if rows.len() != groups.0 * groups.1 {
             shape_err!("row counts of {} sources: there are {} times {}", rows.len(), groups.0, groups.1);
         }
-        Ok(Cut { groups, me, rows, even: false, pieces: MAX_CHUNKS })
+        Ok(Cut { groups, me, rows, even: false, units: MAX_CHUNKS, bounds: (0..=MAX_CHUNKS).collect() })
+    }
+
+    /// The same with no more pieces than passes in these numbers of chunks need. What is computed then depends on them, as
+    /// far as a product's own tiling does, and is computed in fewer, larger products.
+    pub(super) fn coarse(mut self, degrees: [usize; 2]) -> Cut {
+        let units = self.units;
+        let ends = degrees.into_iter().map(|r| r.clamp(1, units)).flat_map(|r| (0..=r).map(move |i| units * i / r));
+        self.bounds = ends.collect();
+        self.bounds.sort_unstable();
+        self.bounds.dedup();
+        self
     }
 
     /// Whether there are as many rows from every source for every expert.
@@ -56,14 +70,30 @@ impl Cut {
         self.even
     }
 
-    /// In how many pieces rows are cut: the most chunks.
+    /// In how many pieces rows are cut.
     pub(super) fn pieces(&self) -> usize {
-        self.pieces
+        self.bounds.len() - 1
+    }
+
+    /// The most chunks.
+    pub(super) fn most_chunks(&self) -> usize {
+        self.units
     }
 
     /// The pieces of chunk `chunk` of `of`.
-    pub(super) fn chunk(&self, chunk: usize, of: usize) -> Range<usize> {
-        self.pieces * chunk / of..self.pieces * (chunk + 1) / of
+    ///
+    /// # Errors
+    /// If pieces do not begin and end where the chunk does.
+    pub(super) fn chunk(&self, chunk: usize, of: usize) -> Result<Range<usize>> {
+        let piece = |chunk: usize| self.bounds.binary_search(&(self.units * chunk / of));
+        match (piece(chunk), piece(chunk + 1)) {
+            (Ok(begin), Ok(end)) => Ok(begin..end),
+            _ => config_err!(
+                "chunk {chunk} of {of} of rows that are cut in pieces at {:?} of {}",
+                self.bounds,
+                self.units
+            ),
+        }
     }
 
     fn source(&self, ep: usize, esp: usize) -> usize {
@@ -82,7 +112,8 @@ impl Cut {
 
     fn len(&self, segment: Segment) -> usize {
         let rows = self.rows[segment.source][segment.expert];
-        rows * (segment.piece + 1) / self.pieces - rows * segment.piece / self.pieces
+        let before = |piece: usize| rows * self.bounds[piece] / self.units;
+        before(segment.piece + 1) - before(segment.piece)
     }
 
     /// The rows of a layout.
@@ -92,7 +123,7 @@ impl Cut {
 
     /// What this rank has for all experts, as the order laid it out: [expert][piece].
     pub(super) fn ordered(&self) -> Vec<Segment> {
-        self.sent(0..self.pieces)
+        self.sent(0..self.pieces())
     }
 
     /// Some pieces of it, as the all-to-all takes them: [expert][piece], which is by destination.
@@ -180,7 +211,14 @@ impl Cut {
     ///
     /// # Errors
     /// If the rows are not what `have` says, or the device has no memory left.
-    pub(super) fn arrange(&self, lane: &Lane, t: &Tensor, have: &[Segment], want: &[Segment]) -> Result<Tensor> {
+    pub(super) fn arrange(
+        &self,
+        arranger: &Arranger,
+        lane: &Lane,
+        t: &Tensor,
+        have: &[Segment],
+        want: &[Segment],
+    ) -> Result<Tensor> {
         let mut end = 0;
         let mut places: Vec<(Segment, Range<usize>)> = Vec::with_capacity(have.len());
         for &segment in have {
@@ -195,7 +233,7 @@ impl Cut {
             let at = places.binary_search_by_key(segment, |place| place.0);
             at.map_or(0..0, |at| places[at].1.clone())
         };
-        arrange(lane, t, &want.iter().map(find).collect::<Vec<_>>())
+        arranger.arrange(lane, t, &want.iter().map(find).collect::<Vec<_>>())
     }
 }
 
@@ -212,10 +250,28 @@ mod tests {
             prop_assert_eq!(sizes.iter().sum::<usize>(), rows);
             prop_assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1);
             let of = of.min(cut.pieces());
-            let chunks: Vec<Range<usize>> = (0..of).map(|i| cut.chunk(i, of)).collect();
+            let chunks: Vec<Range<usize>> = (0..of).map(|i| cut.chunk(i, of).unwrap()).collect();
             prop_assert!(chunks.iter().all(|c| !c.is_empty()));
             prop_assert!(chunks.windows(2).all(|c| c[0].end == c[1].start));
             prop_assert_eq!((chunks[0].start, chunks[of - 1].end), (0, cut.pieces()));
+        }
+
+        #[test]
+        fn coarse_pieces_serve_both_passes(rows in 0usize..70, forward in 1usize..=16, backward in 1usize..=16) {
+            let fine = Cut::even((1, 1), (0, 0), 1, rows);
+            let degrees = [forward, backward].map(|r| r.min(fine.most_chunks()));
+            let coarse = Cut::even((1, 1), (0, 0), 1, rows).coarse(degrees);
+            prop_assert!(coarse.pieces() < degrees[0] + degrees[1]);
+            prop_assert_eq!(coarse.total(&coarse.ordered()), rows);
+            for of in degrees {
+                for i in 0..of {
+                    let rows = |cut: &Cut| cut.total(&cut.sent(cut.chunk(i, of).unwrap()));
+                    prop_assert_eq!(rows(&coarse), rows(&fine));
+                }
+            }
+            if degrees[0] == degrees[1] {
+                prop_assert_eq!(coarse.pieces(), degrees[0]);
+            }
         }
 
         #[test]

@@ -3,7 +3,7 @@
 use super::cut::{Cut, Segment};
 use super::gradients::GradientBuffers;
 use super::parallel::Parallel;
-use crate::comm::GroupKind;
+use crate::comm::{Arranger, GroupKind};
 use crate::device::{Lane, LaneKind};
 use crate::engine::{TaskGraph, Timeline};
 use crate::error::{Error, Result, config_err, shape_err};
@@ -36,6 +36,8 @@ pub(super) struct Journey<'a> {
     back: Tensor,
     /// Where each chunk has got to.
     chunks: Vec<Mutex<Option<Tensor>>>,
+    /// What one lane has left for another, until both are done with it: when the graph has been joined.
+    kept: Mutex<Vec<Tensor>>,
 }
 
 /// The rows (R, M) that have been through the experts, in the order of `rows`, and when which task ran.
@@ -46,7 +48,7 @@ pub(super) fn journey(
     steps: &dyn Steps,
     gradients: Option<&GradientBuffers>,
     rows: &Tensor,
-) -> Result<(Tensor, Timeline)> {
+) -> Result<(Tensor, Option<Timeline>)> {
     let lane = parallel.lane(LaneKind::Compute);
     // The graph says it, not the plan: a policy may cut otherwise than it is asked to.
     let of = |id| match graph.op(id) {
@@ -54,15 +56,18 @@ pub(super) fn journey(
         _ => None,
     };
     let r = match graph.ids().find_map(of) {
-        Some(r) if (1..=cut.pieces()).contains(&r) => r,
-        r => config_err!("a graph of {} chunks for rows in {} pieces: 1 to as many", r.unwrap_or(0), cut.pieces()),
+        Some(r) if (1..=cut.most_chunks()).contains(&r) => r,
+        r => config_err!("a graph of {} chunks for rows in {} parts: 1 to as many", r.unwrap_or(0), cut.most_chunks()),
     };
     let back = lane.empty_like(rows)?;
     let chunks = (0..r).map(|_| Mutex::default()).collect();
-    let way = Journey { parallel, cut, steps, gradients, rows, back, chunks };
+    let way = Journey { parallel, cut, steps, gradients, rows, back, chunks, kept: Mutex::default() };
     let timeline = parallel.run(graph, |id, op| way.task(parallel.lane(graph.lane(id)), op))?;
-    let have: Vec<Segment> = (0..r).flat_map(|i| cut.sent(cut.chunk(i, r))).collect();
-    Ok((cut.arrange(lane, &way.back, &have, &cut.ordered())?, timeline))
+    let mut have: Vec<Segment> = Vec::new();
+    for chunk in 0..r {
+        have.extend(cut.sent(cut.chunk(chunk, r)?));
+    }
+    Ok((cut.arrange(way.arranger(), lane, &way.back, &have, &cut.ordered())?, timeline))
 }
 
 impl Journey<'_> {
@@ -76,7 +81,7 @@ impl Journey<'_> {
         if of != self.chunks.len() {
             config_err!("{op}: a chunk of {of} in a pass of {}", self.chunks.len());
         }
-        let pieces = self.cut.chunk(chunk, of);
+        let pieces = self.cut.chunk(chunk, of)?;
         let topology = self.parallel.groups().topology();
         let (travels, sharded) = (topology.size(GroupKind::Expert) > 1, topology.size(GroupKind::Shard) > 1);
         let phases = if travels { self.parallel.all_to_all().phases(self.parallel.groups().expert()).len() } else { 0 };
@@ -114,7 +119,14 @@ impl Journey<'_> {
         }
     }
 
+    fn arranger(&self) -> &Arranger {
+        self.parallel.groups().expert().arranger()
+    }
+
     fn put(&self, chunk: usize, t: Tensor) -> Result<()> {
+        if self.parallel.issues() {
+            self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(t.clone());
+        }
         *self.chunks[chunk].lock().unwrap_or_else(PoisonError::into_inner) = Some(t);
         Ok(())
     }
@@ -128,7 +140,7 @@ impl Journey<'_> {
 
     /// A chunk's rows as they are sent.
     fn start(&self, lane: &Lane, pieces: &Range<usize>) -> Result<Tensor> {
-        self.cut.arrange(lane, self.rows, &self.cut.ordered(), &self.cut.sent(pieces.clone()))
+        self.cut.arrange(self.arranger(), lane, self.rows, &self.cut.ordered(), &self.cut.sent(pieces.clone()))
     }
 
     fn exchange(&self, lane: &Lane, phase: usize, pieces: &Range<usize>, back: bool, t: Tensor) -> Result<Tensor> {
@@ -147,7 +159,7 @@ impl Journey<'_> {
     /// From the order in which rows are received to that in which they are computed.
     fn arrive(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
         let layout = self.layout(pieces);
-        let t = self.cut.arrange(lane, &t, &self.cut.received(pieces.clone()), &layout)?;
+        let t = self.cut.arrange(self.arranger(), lane, &t, &self.cut.received(pieces.clone()), &layout)?;
         self.piecewise(pieces, layout, &t, lane, |piece, t| self.steps.arrive(lane, piece, t))
     }
 
@@ -155,7 +167,7 @@ impl Journey<'_> {
     fn leave(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
         let layout = self.layout(pieces);
         let t = self.piecewise(pieces, layout.clone(), &t, lane, |piece, t| self.steps.leave(lane, piece, t))?;
-        self.cut.arrange(lane, &t, &layout, &self.cut.received(pieces.clone()))
+        self.cut.arrange(self.arranger(), lane, &t, &layout, &self.cut.received(pieces.clone()))
     }
 
     /// How this rank's own rows lie at the rank of their experts.
@@ -191,6 +203,11 @@ impl Journey<'_> {
         if same {
             return Ok(t.clone());
         }
+        if let [(_, whole)] = &parts[..]
+            && whole.shape() == t.shape()
+        {
+            return Ok(whole.clone());
+        }
         let out = lane.empty_like(t)?;
         for (at, part) in parts {
             lane.copy(&part, &out.narrow(0, at, part.dim(0))?)?;
@@ -207,13 +224,13 @@ impl Journey<'_> {
         } else {
             group.all_gather_ragged(lane, &t, &self.by_member(group.size(), pieces, &all)?)?;
         }
-        self.cut.arrange(lane, &all, &layout, &self.cut.computed(pieces.clone()))
+        self.cut.arrange(self.arranger(), lane, &all, &layout, &self.cut.computed(pieces.clone()))
     }
 
     /// The sum of all members' parts of the results, each member getting those of its own rows.
     fn scatter(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
         let (group, layout) = (self.parallel.groups().get(GroupKind::Shard), self.cut.gathered(pieces.clone()));
-        let all = self.cut.arrange(lane, &t, &self.cut.computed(pieces.clone()), &layout)?;
+        let all = self.cut.arrange(self.arranger(), lane, &t, &self.cut.computed(pieces.clone()), &layout)?;
         let mine = lane.empty([self.cut.total(&self.layout(pieces)), t.dim(1)], t.dtype())?;
         if self.cut.is_even() {
             group.reduce_scatter(lane, &all, &mine)?;

@@ -200,7 +200,8 @@ impl DistributedMoe {
         *self.0.plan.lock().unwrap_or_else(PoisonError::into_inner) = plan;
     }
 
-    /// When the tasks of the last forward and the last backward ran.
+    /// When the tasks of the last forward and the last backward ran, where lanes are threads; of streams, see
+    /// [`Parallel::trace`].
     pub fn timelines(&self) -> [Option<Timeline>; 2] {
         self.0.timelines.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -308,7 +309,8 @@ impl Inner {
             return Ok(t);
         }
         let all = lane.empty([group.size() * t.dim(0), t.dim(1)], t.dtype())?;
-        group.all_gather(self.parallel.lane(groups.lane(GroupKind::Model)), &lane.contiguous(&t)?, &all)?;
+        let t = lane.contiguous(&t)?;
+        self.parallel.beside(groups.lane(GroupKind::Model), |lane| group.all_gather(lane, &t, &all))?;
         Ok(all)
     }
 
@@ -325,7 +327,11 @@ impl Inner {
 
         let (Rows { data, split }, order) = self.order.dispatch(lane, &routing, &x)?;
         let (data, before_dispatch) = hook_forward(&hooks.before_dispatch, lane, &data)?;
-        let cut = self.cut(lane, &split)?;
+        let mut cut = self.cut(lane, &split)?;
+        if self.parallel.issues() {
+            let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
+            cut = cut.coarse(plan.degrees.map(|d| d.r));
+        }
         let pieces: Vec<Mutex<Piece>> = (0..cut.pieces()).map(|_| Mutex::default()).collect();
         let steps = Forward { expert: &*self.expert, hooks, cut: &cut, pieces: &pieces };
         let out = self.pass(Pass::Forward, &cut, &steps, &data)?;
@@ -417,7 +423,7 @@ impl Inner {
     fn pass(&self, pass: Pass, cut: &Cut, steps: &dyn journey::Steps, rows: &Tensor) -> Result<Tensor> {
         let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Degree { r, d } = plan.degrees[pass as usize];
-        let r = r.min(cut.pieces());
+        let r = r.min(cut.most_chunks());
         let degree = Degree { r, d: d.min(r) };
         let reduce_lane =
             |slice: &Slice| plan.policy.reduce_lane(self.parallel.groups().lane(Parallel::reduces(slice.group)));
@@ -427,12 +433,12 @@ impl Inner {
             Pass::Backward => plan.slices.iter().map(slice).collect(),
         };
         let part = LayerPass { block: 0, pass, degree, after: None, slices: &slices };
-        let graph: TaskGraph<_> = layer_graph(&*plan.policy, &self.parallel.stages(cut.pieces()), &part)?;
+        let graph: TaskGraph<_> = layer_graph(&*plan.policy, &self.parallel.stages(cut.most_chunks()), &part)?;
         let (out, timeline) = journey(&self.parallel, cut, &graph, steps, plan.gradients.as_deref(), rows)?;
-        self.timelines.lock().unwrap_or_else(PoisonError::into_inner)[pass as usize] = Some(timeline);
+        self.timelines.lock().unwrap_or_else(PoisonError::into_inner)[pass as usize] = timeline;
         if let (Pass::Backward, Some(gradients)) = (pass, &plan.gradients) {
             for slice in &plan.after {
-                self.parallel.submit(reduce_lane(slice), gradients.clone(), *slice);
+                self.parallel.submit(reduce_lane(slice), gradients.clone(), *slice)?;
             }
         }
         Ok(out)

@@ -2,34 +2,82 @@
 
 use super::GradientBuffers;
 use crate::comm::{AllToAll, Communicator, GroupKind, Groups, Topology};
-use crate::device::{Lane, LaneKind, cpu};
-use crate::engine::{Cancel, CpuLanes, LANES, Pending, TaskGraph, TaskId, Timeline, caught, lane_name};
-use crate::error::{Error, Result};
+use crate::device::cuda::Share;
+use crate::device::{Lane, LaneKind, Mark};
+use crate::engine::{
+    Cancel, CpuLanes, LANES, LaneStreams, Pending, Span, TaskGraph, TaskId, Timeline, caught, issue, lane_name,
+};
+use crate::error::{Error, Result, config_err};
 use crate::schedule::{Cost, Exchange, GradGroup, LayerCosts, LayerOp, Slice, Work};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-/// One rank of a world on the CPU: its groups, a thread per lane, and how rows travel to their experts.
+/// One rank of a world: its groups, its lanes, and how rows travel to their experts.
 pub struct Parallel {
     groups: Groups,
     all_to_all: Box<dyn AllToAll>,
     /// In the order of [`LANES`].
     lanes: [Lane; 3],
-    threads: CpuLanes,
+    /// Where operations run before their call returns: a thread per lane.
+    threads: Option<CpuLanes>,
     cancel: Cancel,
     /// Sums of gradients under way.
-    pending: Mutex<Vec<Pending>>,
+    pending: Mutex<Vec<Reducing>>,
+    trace: Arc<Mutex<Option<Trace>>>,
+}
+
+/// A sum of gradients under way.
+enum Reducing {
+    Thread(Pending),
+    /// On a stream, up to this point.
+    Stream(Mark),
+}
+
+/// What has run on this rank's lanes since a point in time.
+struct Trace {
+    begin: Mark,
+    spans: Vec<(String, LaneKind, Mark, Mark)>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded is changed in single steps.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn note(trace: &Mutex<Option<Trace>>, spans: impl Iterator<Item = (String, LaneKind, Mark, Mark)>) {
+    if let Some(trace) = &mut *locked(trace) {
+        trace.spans.extend(spans);
+    }
 }
 
 impl Parallel {
-    /// Splits `world` into `topology`'s groups and starts this rank's lanes. A collective.
+    /// As many blocks of a collective's kernels run at once, where ranks share a GPU.
+    pub const COMM_BLOCKS: u32 = 4;
+
+    /// Splits `world` into `topology`'s groups and starts this rank's lanes, of which `lane` is [`LaneKind::Compute`]. A
+    /// collective.
     ///
     /// # Errors
-    /// If the world is of another size, a rank never comes, or the system has no threads left.
-    pub fn new(world: Arc<dyn Communicator>, topology: Topology, all_to_all: Box<dyn AllToAll>) -> Result<Arc<Self>> {
+    /// If the world is of another size, a rank never comes, or the system has no threads or streams left.
+    pub fn new(
+        lane: &Lane,
+        world: Arc<dyn Communicator>,
+        topology: Topology,
+        all_to_all: Box<dyn AllToAll>,
+    ) -> Result<Arc<Self>> {
+        if lane.kind() != LaneKind::Compute {
+            config_err!("a rank whose compute lane is {}: it is {}", lane_name(lane.kind()), lane_name(LANES[0]));
+        }
         let groups = Groups::new(world, topology)?;
-        let threads = CpuLanes::new(&format!("rank {}", groups.rank()))?;
-        let lanes = LANES.map(|kind| Lane::new(Arc::new(cpu::Cpu), kind));
-        Ok(Arc::new(Parallel { groups, all_to_all, lanes, threads, cancel: Cancel::new(), pending: Mutex::default() }))
+        let share = Share { multiprocessors: Some(Self::COMM_BLOCKS), urgent: true };
+        let [_, intra, inter] = LANES;
+        let lanes = [lane.clone(), lane.beside(intra, share)?, lane.beside(inter, share)?];
+        let threads = match lane.as_cuda() {
+            Some(_) => None,
+            None => Some(CpuLanes::new(&format!("rank {}", groups.rank()))?),
+        };
+        let (cancel, pending, trace) = (Cancel::new(), Mutex::default(), Arc::default());
+        Ok(Arc::new(Parallel { groups, all_to_all, lanes, threads, cancel, pending, trace }))
     }
 
     /// This rank's groups.
@@ -47,6 +95,11 @@ impl Parallel {
         &self.lanes[kind as usize]
     }
 
+    /// Whether lanes are streams, whose work may run after it has been issued.
+    pub(super) fn issues(&self) -> bool {
+        self.threads.is_none()
+    }
+
     /// The kind of group that reduces these gradients.
     pub fn reduces(group: GradGroup) -> GroupKind {
         match group {
@@ -56,25 +109,65 @@ impl Parallel {
         }
     }
 
-    /// Sums a slice of gradients at the end of a lane's queue; returns at once.
-    pub(super) fn submit(&self, kind: LaneKind, gradients: Arc<GradientBuffers>, slice: Slice) {
-        let (lane, world) = (self.lane(kind).clone(), self.groups.world().clone());
-        let job = self.threads.submit(kind, move || {
-            caught(|| gradients.reduce(&lane, slice)).inspect_err(|e| world.abort(&e.to_string()))
-        });
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).push(job);
+    /// Calls `f` with the lane of this kind, between what Compute has been given before and what it is given next.
+    ///
+    /// # Errors
+    /// That of `f`, or if the device fails.
+    pub fn beside<T>(&self, kind: LaneKind, f: impl FnOnce(&Lane) -> Result<T>) -> Result<T> {
+        let (compute, lane) = (self.lane(LaneKind::Compute), self.lane(kind));
+        if kind == LaneKind::Compute || !self.issues() {
+            return f(lane);
+        }
+        lane.wait(&compute.record(false)?)?;
+        let result = f(lane);
+        compute.wait(&lane.record(false)?)?;
+        result
     }
 
-    /// Waits for the sums of gradients that are under way.
+    /// Sums a slice of gradients at the end of a lane's queue; returns at once.
+    ///
+    /// # Errors
+    /// If the device fails, or a rank does.
+    pub(super) fn submit(&self, kind: LaneKind, gradients: Arc<GradientBuffers>, slice: Slice) -> Result<()> {
+        let (lane, world) = (self.lane(kind).clone(), self.groups.world().clone());
+        let reduce = move || caught(|| gradients.reduce(&lane, slice)).inspect_err(|e| world.abort(&e.to_string()));
+        let reducing = match &self.threads {
+            Some(threads) => {
+                let trace = self.trace.clone();
+                Reducing::Thread(threads.submit(kind, move || {
+                    let start = Mark::at(Instant::now());
+                    reduce()?;
+                    let span = (LayerOp::Reduce(slice).to_string(), kind, start, Mark::at(Instant::now()));
+                    note(&trace, std::iter::once(span));
+                    Ok(())
+                }))
+            }
+            None => {
+                let lane = self.lane(kind);
+                lane.wait(&self.lane(LaneKind::Compute).record(false)?)?;
+                self.span(&LayerOp::Reduce(slice).to_string(), kind, reduce)?;
+                Reducing::Stream(lane.record(false)?)
+            }
+        };
+        locked(&self.pending).push(reducing);
+        Ok(())
+    }
+
+    /// Waits for the sums of gradients that are under way: Compute does, where they are on streams.
     ///
     /// # Errors
     /// The first that one of them had.
     pub fn settle(&self) -> Result<()> {
-        let pending = std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner));
-        pending.into_iter().map(Pending::wait).fold(Ok(()), Result::and)
+        let pending = std::mem::take(&mut *locked(&self.pending));
+        let wait = |reducing| match reducing {
+            Reducing::Thread(pending) => Pending::wait(pending),
+            Reducing::Stream(mark) => self.lane(LaneKind::Compute).wait(&mark),
+        };
+        pending.into_iter().map(wait).fold(Ok(()), Result::and)
     }
 
-    /// Runs a graph on this rank's lanes. A task that fails or panics ends every rank's work: the others wait for it.
+    /// Runs a graph on this rank's lanes; on streams, puts it there. A task that fails or panics ends every rank's work:
+    /// the others wait for it. Returns when which task ran, if it has.
     ///
     /// # Errors
     /// As [`CpuLanes::run`].
@@ -82,19 +175,81 @@ impl Parallel {
         &self,
         graph: &TaskGraph<LayerOp>,
         task: impl Fn(TaskId, &LayerOp) -> Result<()> + Sync,
-    ) -> Result<Timeline> {
+    ) -> Result<Option<Timeline>> {
         // Kept before the others hear of it: what they then make fail here is not why.
         let first: Mutex<Option<Error>> = Mutex::default();
-        let ended = self.threads.run(graph, &self.cancel, |id, op| {
+        let one = |id, op: &LayerOp| {
             caught(|| task(id, op)).map_err(|e| {
                 let error = Error::Task { task: format!("{op} ({})", lane_name(graph.lane(id))), source: Box::new(e) };
                 let message = error.to_string();
-                first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                locked(&first).get_or_insert(error);
                 self.groups.world().abort(&message);
                 Error::Cancelled(message)
             })
-        });
-        ended.map_err(|e| first.into_inner().unwrap_or_else(PoisonError::into_inner).unwrap_or(e))
+        };
+        let ended = match &self.threads {
+            Some(threads) => {
+                let begin = Instant::now();
+                threads.run(graph, &self.cancel, one).map(|timeline| {
+                    let at = |seconds| Mark::at(begin + Duration::from_secs_f64(seconds));
+                    let spans = timeline.spans.iter();
+                    note(&self.trace, spans.map(|s| (s.name.clone(), s.lane, at(s.start), at(s.end))));
+                    Some(timeline)
+                })
+            }
+            None => {
+                let timed = locked(&self.trace).is_some();
+                issue(&mut LaneStreams(&self.lanes), graph, timed, one).map(|issued| {
+                    let tasks = graph.ids().map(|id| (graph.op(id).to_string(), graph.lane(id)));
+                    let events = tasks.zip(issued.events());
+                    note(
+                        &self.trace,
+                        events.map(|((name, lane), (start, end))| (name, lane, start.clone(), end.clone())),
+                    );
+                    None
+                })
+            }
+        };
+        ended.map_err(|e| locked(&first).take().unwrap_or(e))
+    }
+
+    /// Calls `f`, which gives a lane some work, and if a [trace](Parallel::trace) is taken, notes when that ran.
+    ///
+    /// # Errors
+    /// That of `f`, or if the device fails.
+    pub fn span<T>(&self, name: &str, kind: LaneKind, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        if locked(&self.trace).is_none() {
+            return f();
+        }
+        let start = self.lane(kind).record(true)?;
+        let result = f()?;
+        let end = self.lane(kind).record(true)?;
+        note(&self.trace, std::iter::once((name.to_owned(), kind, start, end)));
+        Ok(result)
+    }
+
+    /// Begins to note what runs on this rank's lanes.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn trace(&self) -> Result<()> {
+        let begin = self.lane(LaneKind::Compute).record(true)?;
+        *locked(&self.trace) = Some(Trace { begin, spans: Vec::new() });
+        Ok(())
+    }
+
+    /// What has run on this rank's lanes since [`Parallel::trace`], in the order of its issue; waits for it.
+    ///
+    /// # Errors
+    /// If no trace was begun, or the device fails.
+    pub fn traced(&self) -> Result<Timeline> {
+        let Some(Trace { begin, spans }) = locked(&self.trace).take() else {
+            config_err!("the end of a trace that was not begun");
+        };
+        let span = |(name, lane, start, end): (String, LaneKind, Mark, Mark)| {
+            Ok(Span { name, lane, start: begin.seconds_to(&start)?, end: begin.seconds_to(&end)? })
+        };
+        Ok(Timeline { spans: spans.into_iter().map(span).collect::<Result<_>>()? })
     }
 
     /// Which stages a layer has here and on which lanes: what a graph is made of. Without prices, as costs of nothing.

@@ -196,7 +196,7 @@ fn layer(case: &Case, parallel: &Arc<Parallel>) -> Result<DistributedMoe> {
 }
 
 fn parallel(case: &Case, world: Arc<dyn Communicator>) -> Result<Arc<Parallel>> {
-    Parallel::new(world, Topology::new(case.sizes)?, case.all_to_all.build())
+    Parallel::new(&Lane::cpu(), world, Topology::new(case.sizes)?, case.all_to_all.build())
 }
 
 /// The tokens of a rank's MP group.
