@@ -1,5 +1,5 @@
-//! A fixed set of small shapes for compute-sanitizer, one test per family: every kernel that the operations have, in every
-//! variant, with ragged tails, in a time that racecheck leaves. `scripts/sanitize.sh` runs them.
+//! A fixed set of small shapes for compute-sanitizer, one test per family: every operation, with ragged tails, and the
+//! variants that widths and types choose among, in a time that racecheck leaves. `scripts/sanitize.sh` runs them.
 //!
 //! The other tests compare more shapes; these compare the same way, so that they fail also without the tool.
 
