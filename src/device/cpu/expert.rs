@@ -343,6 +343,40 @@ mod tests {
         }
     }
 
+    /// Rows of more than one part: the gradients of weighted dy, the weighted activation, and dy · activation for each row.
+    #[test]
+    fn weighted_backwards_are_put_together_from_plain_ones() {
+        let (rows, width) = (3, 600);
+        let [x, up, dy] = [1, 2, 3].map(|seed| random_tensor(seed, &[rows, width], DType::F64));
+        let weights = Tensor::from_slice(&[0.5f64, -2.0, 0.0], [rows]).unwrap();
+        let new = || Tensor::host([rows, width], DType::F64);
+        let (w, near) = (wide(&weights), |got: &Tensor, want: Vec<f64>| close(got, &want, 1e-13));
+        let weighted = |t: &Tensor| wide(t).iter().enumerate().map(|(i, v)| w[i / width] * v).collect::<Vec<_>>();
+        let dots = |y: &Tensor| -> Vec<f64> {
+            let products: Vec<f64> = wide(&dy).iter().zip(wide(y)).map(|(d, y)| d * y).collect();
+            products.chunks(width).map(|row| row.iter().sum()).collect()
+        };
+        let (y, d, d_up, act, d_weights) = (new(), new(), new(), new(), Tensor::host([rows], DType::F64));
+        let of_rows = || Some(RowWeights { weights: &weights, d_weights: &d_weights });
+        let [plain, plain_up] = [(); 2].map(|()| new());
+
+        for form in [Gelu::Erf, Gelu::Tanh] {
+            Cpu.gelu_backward_weighted(form, &x, &dy, of_rows(), &d, &act).unwrap();
+            Cpu.gelu(form, &x, &y).unwrap();
+            Cpu.gelu_backward(form, &x, &dy, &plain).unwrap();
+            near(&d, weighted(&plain));
+            near(&act, weighted(&y));
+            near(&d_weights, dots(&y));
+        }
+        Cpu.swiglu_backward_weighted(&x, &up, &dy, of_rows(), &d, &d_up, &act).unwrap();
+        Cpu.swiglu(&x, &up, &y).unwrap();
+        Cpu.swiglu_backward(&x, &up, &dy, &plain, &plain_up).unwrap();
+        near(&d, weighted(&plain));
+        near(&d_up, weighted(&plain_up));
+        near(&act, weighted(&y));
+        near(&d_weights, dots(&y));
+    }
+
     #[test]
     fn gradients_that_share_elements_are_refused() {
         let (x, buffer) = (random_tensor(1, &[3, 4], DType::F32), Tensor::host([3, 8], DType::F32));
