@@ -18,7 +18,10 @@ mod memory;
 mod model;
 mod optim;
 mod order;
+mod ranks;
+mod replay;
 mod routing_times;
+mod sanitize;
 mod train;
 
 use std::path::{Path, PathBuf};
