@@ -18,6 +18,7 @@ mod memory;
 mod model;
 mod optim;
 mod order;
+mod ranks;
 mod replay;
 mod routing_times;
 mod sanitize;
