@@ -6,7 +6,9 @@
 mod all_to_all;
 mod check;
 mod groups;
+pub mod launch;
 pub mod local;
+pub mod rendezvous;
 mod topology;
 
 pub use all_to_all::{
