@@ -1,13 +1,14 @@
 //! Collectives among ranks: what a communicator offers, how ranks are divided into groups, and all-to-all algorithms.
 //!
 //! A collective is called by every rank of its group, in the same order on all of them, with the same sizes and dtype.
-//! [`local`] has ranks as threads of one process, on the CPU or sharing a GPU.
+//! [`local`] has ranks as threads of one process, on the CPU or sharing a GPU; [`nccl`] as processes with a GPU each.
 
 mod all_to_all;
 mod check;
 mod groups;
 pub mod launch;
 pub mod local;
+pub mod nccl;
 pub mod rendezvous;
 mod topology;
 

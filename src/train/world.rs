@@ -13,8 +13,10 @@ use std::time::Duration;
 pub enum CommKind {
     /// Ranks are threads of one process.
     Local,
+    /// Ranks are processes, started by a launcher, each with a GPU.
+    Nccl,
 }
-named!(CommKind, "comm", { Local => "local" });
+named!(CommKind, "comm", { Local => "local", Nccl => "nccl" });
 
 /// The ranks of a run.
 #[derive(Clone, Debug, PartialEq)]
