@@ -11,10 +11,9 @@ template <int Cols, Consumers consumers, int Pairs>
 using DataShape = Shape<Major::K, Major::MN, Cols, consumers, 2, Pairs>;
 template <int Cols>
 using One = DataShape<Cols, Consumers::PingPong, 1>;
-template <int Cols>
-using Two = DataShape<Cols, Consumers::PingPong, 2>;
-// With two products' worth of multiplying per tile, the wider tile gains more than the pause for its results costs: 2.7% at
-// 4096 columns and a depth of 2 x 14336.
+using Two = DataShape<192, Consumers::PingPong, 2>;
+// With much to multiply per tile, the wider tile gains more than the pause for its results costs: 3% at 4096 columns and a
+// depth of 2 x 14336; at 2 x 1024 it loses 6%.
 using TwoWide = DataShape<256, Consumers::Cooperative, 2>;
 template <int Cols>
 using DataTiles = RowTiles<2, Cols>;
@@ -25,5 +24,5 @@ using namespace fsmoe::grouped;
 
 FSMOE_GROUPED(grouped_data_bf16_208, One<208>, DataTiles<208>, Plain)
 FSMOE_GROUPED(grouped_data_bf16_192, One<192>, DataTiles<192>, Plain)
-FSMOE_GROUPED(grouped_data_pairs_bf16_208, Two<208>, DataTiles<208>, Plain)
+FSMOE_GROUPED(grouped_data_pairs_bf16_192, Two, DataTiles<192>, Plain)
 FSMOE_GROUPED(grouped_data_pairs_bf16_256, TwoWide, DataTiles<256>, Plain)

@@ -10,7 +10,8 @@ namespace fsmoe::grouped {
 using GeluErfBackward = GeluBackward<GeluErf<bf16>>;
 using GeluTanhBackward = GeluBackward<GeluTanh<bf16>>;
 template <int Cols>
-using DataGeluShape = Shape<Major::K, Major::MN, Cols, Consumers::PingPong, 2, 1, 1, GeluErfBackward::inputs>;
+using DataGeluShape = Shape<Major::K, Major::MN, Cols, Consumers::PingPong, 2, 1, 1, GeluErfBackward::inputs,
+                            GeluErfBackward::warp_bytes>;
 template <int Cols>
 using DataGeluTiles = RowTiles<2, Cols>;
 
@@ -18,5 +19,7 @@ using DataGeluTiles = RowTiles<2, Cols>;
 
 using namespace fsmoe::grouped;
 
-FSMOE_GROUPED(grouped_data_gelu_bf16_176, DataGeluShape<176>, DataGeluTiles<176>, GeluErfBackward)
-FSMOE_GROUPED(grouped_data_gelu_tanh_bf16_176, DataGeluShape<176>, DataGeluTiles<176>, GeluTanhBackward)
+FSMOE_GROUPED(grouped_data_gelu_bf16_192, DataGeluShape<192>, DataGeluTiles<192>, GeluErfBackward)
+FSMOE_GROUPED(grouped_data_gelu_bf16_128, DataGeluShape<128>, DataGeluTiles<128>, GeluErfBackward)
+FSMOE_GROUPED(grouped_data_gelu_tanh_bf16_192, DataGeluShape<192>, DataGeluTiles<192>, GeluTanhBackward)
+FSMOE_GROUPED(grouped_data_gelu_tanh_bf16_128, DataGeluShape<128>, DataGeluTiles<128>, GeluTanhBackward)

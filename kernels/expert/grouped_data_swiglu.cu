@@ -7,7 +7,8 @@
 namespace fsmoe::grouped {
 
 template <int Cols>
-using DataSwigluShape = Shape<Major::K, Major::MN, Cols, Consumers::PingPong, 2, 1, 1, SwigluBackward::inputs>;
+using DataSwigluShape = Shape<Major::K, Major::MN, Cols, Consumers::PingPong, 2, 1, 1, SwigluBackward::inputs,
+                              SwigluBackward::warp_bytes>;
 template <int Cols>
 using DataSwigluTiles = RowTiles<2, Cols>;
 
@@ -16,4 +17,4 @@ using DataSwigluTiles = RowTiles<2, Cols>;
 using namespace fsmoe::grouped;
 
 FSMOE_GROUPED(grouped_data_swiglu_bf16_192, DataSwigluShape<192>, DataSwigluTiles<192>, SwigluBackward)
-FSMOE_GROUPED(grouped_data_swiglu_bf16_176, DataSwigluShape<176>, DataSwigluTiles<176>, SwigluBackward)
+FSMOE_GROUPED(grouped_data_swiglu_bf16_128, DataSwigluShape<128>, DataSwigluTiles<128>, SwigluBackward)

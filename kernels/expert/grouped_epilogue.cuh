@@ -1,11 +1,12 @@
 // What happens to a tile's sums: the activation, and the way to memory.
 //
-// While one consumer is here the other multiplies, and every instruction issued here takes register bandwidth from it: so
-// what counts is the number of instructions. A lane's sums of one row are two columns of every eight (ptx/wgmma.cuh);
+// While one consumer is here the other multiplies, so this costs nothing as long as it is the shorter of the two: what counts
+// is that instructions do not wait for one another, and that nothing is spilled (there is hardly any first-level cache left
+// to spill to). A lane's sums of one row are two columns of every eight (ptx/wgmma.cuh);
 // stored as they lie, a warp would write 16 bytes here and there. Four fragments of eight rows and eight columns therefore
 // pass through shared memory, one instruction in and one out, after which each of the four lanes that share a row has all
 // eight columns of one fragment: 16 bytes, and four such side by side. (Trading them by shuffles takes 16 instructions; a
-// GELU forward took 2 to 3% longer with it.) Inputs are read in that same layout.
+// GELU forward took 2 to 3% longer with it.) Inputs are read as fragments, so that the sums need not move.
 #pragma once
 
 #include <utility>
@@ -24,6 +25,8 @@ struct Fragment {
   int block, half, group;
 };
 
+constexpr int slot_bytes = 512;
+
 // A unit is four fragments that the lanes of a quad share out: four groups of a row if there are as many, else what is
 // left of several rows. Every fragment of Groups column groups and Blocks blocks is in one unit. The two halves of the
 // same groups come one after the other: together their sums are whole quads of registers, free for 16-byte loads.
@@ -33,12 +36,7 @@ struct Units {
   static constexpr int count = Blocks * (2 * fours + twos) + ones;
   static_assert(ones == 0 || Blocks == 2, "a group left over needs four 8-row halves to make a unit");
 
-
   static constexpr int per_block = 2 * fours + twos;
-  // Whether the unit's fragments are of the same rows.
-  __host__ __device__ static constexpr bool one_row(int unit) {
-    return unit < Blocks * per_block && unit % per_block < 2 * fours;
-  }
   // Fragment `i` of the unit; its lane's own is number lane % 4.
   __host__ __device__ static constexpr Fragment fragment(int unit, int i) {
     const int block = unit / per_block, in_block = unit % per_block;
@@ -74,12 +72,6 @@ __device__ __forceinline__ float high(uint32_t both) { return __uint_as_float(bo
 __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   uint4 w;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(at) : "memory");
-  return w;
-}
-
-__device__ __forceinline__ uint2 load_shared_pair(uint32_t at) {
-  uint2 w;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(w.x), "=r"(w.y) : "r"(at) : "memory");
   return w;
 }
 
@@ -127,7 +119,7 @@ class Trade {
  private:
   // Where an unrounded fragment, 8 rows of 32 bytes, begins: four of them, read side by side, fall on different banks.
   __device__ __forceinline__ static constexpr int wide_fragment(int i) { return 256 * i + 16 * (i % 2) + 64 * (i / 2); }
-  static_assert(256 * 4 + 16 + 64 <= slots_per_warp * slot_bytes, "a unit's sums take all slots");
+  static_assert(256 * 4 + 16 + 64 <= warp_bytes, "a unit's sums take all slots");
 
   uint32_t put_, get_, put_sums_, get_sums_;
 };
@@ -150,17 +142,21 @@ struct Window {
   }
 };
 
+// At a distance in bytes from the matrix's first element.
 // Under a predicate, not a branch: where lanes part, the compiler serialises a warpgroup's products.
-template <bool CheckRows = false>
-__device__ __forceinline__ void store(bf16* matrix, const Window& window, Fragment mine, uint4 w) {
+__device__ __forceinline__ void store_at(bf16* matrix, index_t distance, uint4 w, bool has) {
   asm volatile(
       "{\n"
       ".reg .pred has;\n"
       "setp.ne.b32 has, %0, 0;\n"
       "@has st.global.v4.b32 [%1], {%2, %3, %4, %5};\n"
-      "}" ::"r"(static_cast<int>(window.has<CheckRows>(mine))),
-      "l"(matrix + window.at(mine)), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+      "}" ::"r"(static_cast<int>(has)),
+      "l"(reinterpret_cast<char*>(matrix) + distance), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
       : "memory");
+}
+template <bool CheckRows = false>
+__device__ __forceinline__ void store(bf16* matrix, const Window& window, Fragment mine, uint4 w) {
+  store_at(matrix, 2 * window.at(mine), w, window.has<CheckRows>(mine));
 }
 // Zeros outside the matrix.
 template <bool CheckRows = false>
@@ -177,9 +173,6 @@ __device__ __forceinline__ uint4 fetch(const bf16* matrix, const Window& window,
   return w;
 }
 
-// What an epilogue asks for before its tile is multiplied: nothing, for most.
-struct Nothing {};
-
 // ----------------------------------------------------------------------------
 // D as it is.
 
@@ -190,24 +183,22 @@ struct PlainArgs {
 
 struct Plain {
   using Args = PlainArgs;
-  static constexpr int inputs = 0;
-  template <int Blocks>
-  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
-    return {};
-  }
+  static constexpr int inputs = 0, warp_bytes = grouped::warp_bytes;
+  __device__ __forceinline__ static void early(int, uint32_t, const Args&) {}
 
-  template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
-                                             uint32_t slots, InputRing&, const Args& args) {
+  template <int Blocks, int Count, class Ring>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Given& tile, uint32_t place, int first_row,
+                                             uint32_t slots, Ring&, const Args& args) {
     using U = Units<Count / 4, Blocks>;
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
     const Trade trade(slots);
     const int quad = threadIdx.x % 4;
     // As many units at a time as there are slots.
-    constexpr int batches = (U::count + slots_per_warp - 1) / slots_per_warp;
+    constexpr int plain_slots = warp_bytes / slot_bytes;
+    constexpr int batches = (U::count + plain_slots - 1) / plain_slots;
     for_each(std::make_integer_sequence<int, batches>{}, [&](auto number) {
-      constexpr int first = decltype(number)::value * slots_per_warp;
-      constexpr int here = U::count - first < slots_per_warp ? U::count - first : slots_per_warp;
+      constexpr int first = decltype(number)::value * plain_slots;
+      constexpr int here = U::count - first < plain_slots ? U::count - first : plain_slots;
 #pragma unroll
       for (int slot = 0; slot < here; ++slot) {
         uint32_t w[4];
@@ -239,20 +230,17 @@ struct WeightArgs {
 
 struct WeightGradient {
   using Args = WeightArgs;
-  static constexpr int inputs = 0;
-  template <int Blocks>
-  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
-    return {};
-  }
+  static constexpr int inputs = 0, warp_bytes = grouped::warp_bytes;
+  __device__ __forceinline__ static void early(int, uint32_t, const Args&) {}
 
-  template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
-                                             uint32_t slots, InputRing&, const Args& args) {
+  template <int Blocks, int Count, class Ring>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Given& tile, uint32_t place, int first_row,
+                                             uint32_t slots, Ring&, const Args& args) {
     using U = Units<Count / 4, Blocks>;
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
     const Trade trade(slots);
     const int quad = threadIdx.x % 4;
-    bf16* d = args.d[tile.output] + static_cast<index_t>(tile.expert) * args.rows * args.cols;
+    bf16* d = args.d[tile.output()] + static_cast<index_t>(Given::expert(place)) * args.rows * args.cols;
     for_units<U>([&](auto number) {
       constexpr int unit = decltype(number)::value;
       const Fragment mine = U::fragment(unit, quad);
@@ -285,15 +273,12 @@ struct ForwardArgs {
 template <class Gelu>
 struct GeluForward {
   using Args = ForwardArgs;
-  static constexpr int inputs = 0;
-  template <int Blocks>
-  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
-    return {};
-  }
+  static constexpr int inputs = 0, warp_bytes = grouped::warp_bytes;
+  __device__ __forceinline__ static void early(int, uint32_t, const Args&) {}
 
-  template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
-                                             uint32_t slots, InputRing&, const Args& args) {
+  template <int Blocks, int Count, class Ring>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Given& tile, uint32_t place, int first_row,
+                                             uint32_t slots, Ring&, const Args& args) {
     using U = Units<Count / 4, Blocks>;
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
     const Trade trade(slots);
@@ -322,15 +307,12 @@ struct GeluForward {
 // The tile's left half is gate, its right half up, of the same columns.
 struct SwigluForward {
   using Args = ForwardArgs;
-  static constexpr int inputs = 0;
-  template <int Blocks>
-  __device__ __forceinline__ static Nothing early(const Tile&, int, const Args&) {
-    return {};
-  }
+  static constexpr int inputs = 0, warp_bytes = grouped::warp_bytes;
+  __device__ __forceinline__ static void early(int, uint32_t, const Args&) {}
 
-  template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], Nothing, const Tile& tile, int first_row,
-                                             uint32_t slots, InputRing&, const Args& args) {
+  template <int Blocks, int Count, class Ring>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Given& tile, uint32_t place, int first_row,
+                                             uint32_t slots, Ring&, const Args& args) {
     constexpr int Groups = Count / 8;
     using U = Units<Groups, Blocks>;
     const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
@@ -398,109 +380,143 @@ template <class Activation>
 struct Backward {
   using Args = BackwardArgs;
   static constexpr int inputs = Activation::inputs;
+  // The activation of a warp's 16 rows of a box, and the weights of its rows in the tile.
+  static constexpr int act_bytes = 16 * input_cols * 2;
+  static constexpr int warp_bytes = act_bytes + 32 * 4;
 
-  // The weights of the thread's rows, by block and half.
-  template <int Blocks>
-  struct Weights {
-    float of[Blocks][2];
-  };
-  template <int Blocks>
-  __device__ __forceinline__ static Weights<Blocks> early(const Tile& tile, int first_row, const Args& args) {
-    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
-    Weights<Blocks> weights;
-#pragma unroll
-    for (int row = 0; row < 2 * Blocks; ++row) {
-      weights.of[row / 2][row % 2] = args.weight ? __ldg(args.weight + window.row_of({row / 2, row % 2, 0})) : 1.0f;
-    }
-    return weights;
+  // While the tile is multiplied a lane fetches the weight of one of its warp's rows.
+  __device__ __forceinline__ static void early(int row, uint32_t slots, const Args& args) {
+    const int lane = threadIdx.x % 32;
+    const int own = row + lane / 16 * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
+    const float weight = args.weight ? __ldg(args.weight + own) : 1.0f;
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(slots + act_bytes + 4 * lane), "f"(weight) : "memory");
   }
 
-  // A box holds the four groups of two units, or what is left of its rows.
-  template <int Blocks, int Count>
-  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Weights<Blocks>& weights,
-                                             const Tile& tile, int first_row, uint32_t slots, InputRing& ring,
-                                             const Args& args) {
-    for_each(std::make_integer_sequence<int, Blocks>{}, [&](auto number) {
-      run_block<decltype(number)::value>(sums, weights, tile, first_row, slots, ring, args);
+  // Box by box, of which a warp has 16 rows, 16 sums of every lane: so much work at a time that little waits for anything.
+  // The inputs are read in the layout of the sums; what comes of them goes back to their place in shared memory, from where
+  // it is stored by rows.
+  template <int Blocks, int Count, class Ring>
+  __device__ __forceinline__ static void run(float (&sums)[Blocks][Count], const Given& tile, uint32_t place, int first_row,
+                                             uint32_t slots, Ring& ring, const Args& args) {
+    const int lane = threadIdx.x % 32;
+    const int row = tile.row + first_row + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const index_t stride = 2 * static_cast<index_t>(args.cols);
+    const index_t at = row * stride + 2 * (tile.col + 8 * (lane % 4));
+    const int right = args.cols - tile.col - 8 * (lane % 4);
+    constexpr int across = 2 * Count / input_cols;
+    static_assert(across * input_cols == 2 * Count, "tiles of whole boxes");
+    // The weights are there.
+    __syncwarp();
+    for_each(std::make_integer_sequence<int, Blocks>{}, [&](auto block_number) {
+      constexpr int block = decltype(block_number)::value;
+      float partials[2] = {0.0f, 0.0f};
+      for_each(std::make_integer_sequence<int, across>{}, [&](auto number) {
+        constexpr int box = decltype(number)::value;
+        run_box<block, 4 * box>(sums, at + 64 * block * stride, right, slots, ring, args, partials);
+      });
+      if (args.partial) {
+        // The lanes of a quad have summed different columns of the same rows.
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float x = partials[half];
+          x += __shfl_xor_sync(0xffffffffu, x, 1);
+          x += __shfl_xor_sync(0xffffffffu, x, 2);
+          // A cluster's second column tile may lie past the last one.
+          if (lane % 4 == 0 && tile.col < args.cols) {
+            args.partial[static_cast<index_t>(tile.col / (2 * Count)) * args.rows + row + 64 * block + 8 * half] = x;
+          }
+        }
+      }
     });
   }
 
  private:
-  // One block after the other: its weights and sums over rows need no registers while the other's are in use.
-  template <int Block, int Blocks, int Count>
-  __device__ __forceinline__ static void run_block(float (&sums)[Blocks][Count], const Weights<Blocks>& weights,
-                                                   const Tile& tile, int first_row, uint32_t slots, InputRing& ring,
-                                                   const Args& args) {
-    using U = Units<Count / 4, Blocks>;
-    static_assert(U::ones == 0, "a unit must be of one block");
-    const Window window(tile.row + first_row, args.rows, tile.col, args.cols);
-    const Trade trade(slots);
-    const int quad = threadIdx.x % 4;
-    float partials[2] = {0.0f, 0.0f};
-    // Within a box the lane's 16 bytes of its row: eight lanes read 128 bytes that lie together.
-    const uint32_t here = ring.stages + (threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4) * (input_cols * 2);
-    for_each(std::make_integer_sequence<int, U::per_block>{}, [&](auto number) {
-      constexpr int in_block = decltype(number)::value, unit = Block * U::per_block + in_block;
-      constexpr bool one_row = U::one_row(unit);
-      const Fragment mine = U::fragment(unit, quad);
-      trade.put_sums<U, unit>(sums);
-      trade.turn();
-      if (!one_row || in_block % 2 == 0) ptx::mbarrier_wait(ring.full + 8 * ring.turn.stage, ring.turn.parity);
-      const uint32_t box = here + ring.turn.stage * (inputs * input_bytes) + mine.half * (8 * input_cols * 2) +
-                           mine.group % 4 * 16;
-      const float weight = mine.half == 0 ? weights.of[Block][0] : weights.of[Block][1];
-      uint32_t d_a[4], d_b[4], act[4];
-      float partial = 0.0f;
-      // Four columns at a time: registers for all eight there are not.
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        float row[4];
-        trade.get_sums(part, row);
-        const uint2 first = load_shared_pair(box + 8 * part);
-        const uint2 second = load_shared_pair(box + (inputs - 1) * input_bytes + 8 * part);
-        const uint32_t a[2] = {first.x, first.y}, b[2] = {second.x, second.y};
-        Swiglu f[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          f[i] = i % 2 == 0 ? Activation::at(low(a[i / 2]), low(b[i / 2])) : Activation::at(high(a[i / 2]), high(b[i / 2]));
-          partial += row[i] * f[i].value;
-          row[i] *= weight;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Swiglu &left = f[2 * i], &right = f[2 * i + 1];
-          d_a[2 * part + i] = pack(row[2 * i] * left.by_gate, row[2 * i + 1] * right.by_gate);
-          d_b[2 * part + i] = pack(row[2 * i] * left.by_up, row[2 * i + 1] * right.by_up);
-          act[2 * part + i] = pack(weight * left.value, weight * right.value);
-        }
-      }
-      trade.turn();
-      if (!one_row || in_block % 2 == 1) {
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty + 8 * ring.turn.stage);
-        ring.turn.next();
-      }
-      store(args.d_pre[0], window, mine, make_uint4(d_a[0], d_a[1], d_a[2], d_a[3]));
-      if (inputs == 2) store(args.d_pre[1], window, mine, make_uint4(d_b[0], d_b[1], d_b[2], d_b[3]));
-      if (args.act) store(args.act, window, mine, make_uint4(act[0], act[1], act[2], act[3]));
-      if constexpr (one_row) {
-        partials[in_block % 2] += partial;
-      } else {
-        partials[0] += mine.half == 0 ? partial : 0.0f;
-        partials[1] += mine.half == 0 ? 0.0f : partial;
-      }
-    });
-    if (!args.partial) return;
-    // The lanes of a quad have summed different columns of the same rows.
+  // Where columns 8 * chunk + (0..8) of a row of a box lie: over rows of 64 bytes the copy engine swizzles chunks by half the
+  // row's number. Rows 8 apart are swizzled alike.
+  static constexpr int half_bytes = 8 * input_cols * 2;
+  __device__ __forceinline__ static uint32_t swizzled(int row, int chunk) {
+    return row * (input_cols * 2) + ((chunk ^ row / 2) & 3) * 16;
+  }
+
+  // The four groups of columns from `First` on; `at` is where the lane's row and columns begin, in bytes, for First = 0, and
+  // `right` how many columns there are from there on.
+  template <int Block, int First, int Blocks, int Count, class Ring>
+  __device__ __forceinline__ static void run_box(float (&sums)[Blocks][Count], index_t at, int right, uint32_t slots,
+                                                 Ring& ring, const Args& args, float (&partials)[2]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    // For the instructions that move four fragments, lane l has the address of row l % 8 of fragment l / 8.
+    const uint32_t by_fragment = swizzled(lane % 8, lane / 8), by_row = swizzled(lane / 4, lane % 4);
+    const uint32_t box = ring.stages + ring.turn.stage * (inputs * input_bytes) + warp * (2 * half_bytes);
+    ptx::mbarrier_wait(ring.full + 8 * ring.turn.stage, ring.turn.parity);
+    uint32_t a[2][4], b[2][4];
+    load_fragments(box + by_fragment, a[0]);
+    if (inputs == 2) load_fragments(box + input_bytes + by_fragment, b[0]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float x = partials[half];
-      x += __shfl_xor_sync(0xffffffffu, x, 1);
-      x += __shfl_xor_sync(0xffffffffu, x, 2);
-      // A cluster's second column tile may lie past the last one.
-      if (quad == 0 && tile.col < args.cols) {
-        args.partial[static_cast<index_t>(tile.col_tile) * args.rows + window.row_of({Block, half, 0})] = x;
+      float weight;
+      asm volatile("ld.shared.f32 %0, [%1];"
+                   : "=f"(weight)
+                   : "r"(slots + act_bytes + 4 * (Block * 16 + half * 8 + lane / 4))
+                   : "memory");
+      if (half == 0) {
+        load_fragments(box + by_fragment + half_bytes, a[1]);
+        if (inputs == 2) load_fragments(box + input_bytes + by_fragment + half_bytes, b[1]);
       }
+      uint32_t act[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Fragment f = {Block, half, First + i};
+        const float left = sum_at(sums, f, 0), right_sum = sum_at(sums, f, 1);
+        const Swiglu l = Activation::at(low(a[half][i]), inputs == 2 ? low(b[half][i]) : 0.0f);
+        const Swiglu r = Activation::at(high(a[half][i]), inputs == 2 ? high(b[half][i]) : 0.0f);
+        partials[half] += left * l.value;
+        partials[half] += right_sum * r.value;
+        const float left_d = left * weight, right_d = right_sum * weight;
+        a[half][i] = pack(left_d * l.by_gate, right_d * r.by_gate);
+        if (inputs == 2) b[half][i] = pack(left_d * l.by_up, right_d * r.by_up);
+        act[i] = pack(weight * l.value, weight * r.value);
+      }
+      // Now: what is put off holds registers.
+      asm volatile("" : "+f"(partials[half]));
+      store_fragments(box + by_fragment + half * half_bytes, a[half]);
+      if (inputs == 2) store_fragments(box + input_bytes + by_fragment + half * half_bytes, b[half]);
+      store_fragments(slots + by_fragment + half * half_bytes, act);
     }
+    __syncwarp();
+    uint4 rows[3][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows[0][half] = load_shared(box + by_row + half * half_bytes);
+      if (inputs == 2) rows[1][half] = load_shared(box + input_bytes + by_row + half * half_bytes);
+      rows[2][half] = load_shared(slots + by_row + half * half_bytes);
+    }
+    // The copy engine writes here next, after what this warp has written.
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(ring.empty + 8 * ring.turn.stage);
+    ring.turn.next();
+    // Else the compiler works out the addresses of later boxes beforehand, and spills them.
+    asm volatile("" : "+r"(ring.turn.stage), "+r"(ring.turn.parity), "+l"(at));
+    const bool has = 8 * First < right;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const index_t here = at + 8 * half * (2 * static_cast<index_t>(args.cols)) + 16 * First;
+      store_at(args.d_pre[0], here, rows[0][half], has);
+      if (inputs == 2) store_at(args.d_pre[1], here, rows[1][half], has);
+      store_at(args.act, here, rows[2][half], has && args.act != nullptr);
+    }
+  }
+
+  __device__ __forceinline__ static void load_fragments(uint32_t at, uint32_t* w) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at)
+                 : "memory");
+  }
+  __device__ __forceinline__ static void store_fragments(uint32_t at, const uint32_t* w) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
+                 : "memory");
   }
 };
 

@@ -1,8 +1,8 @@
 // Which output tile a block computes next, when only the device knows how many rows each expert has.
 //
 // Rows of all experts lie in one buffer, expert e's from offsets[e] to offsets[e + 1], multiples of 128 (rows that only
-// fill up a segment are zero). The grid is as large as the GPU; every role of every block walks the same list of tiles in
-// steps of the grid, so that nothing has to be passed between them and the host needs to know no count.
+// fill up a segment are zero). The grid is as large as the GPU; one thread of every block walks the same list of tiles in
+// steps of the grid, so that nothing has to be passed between blocks and the host needs to know no count.
 //
 // With clusters the list's units are pairs of tiles, one per block of a cluster: two row tiles that share a weight tile
 // (the larger, so that each byte of it is read from L2 once for both), or, of the last row tile of an expert with an odd
@@ -23,8 +23,6 @@ enum class Shared { None, A, B };
 struct Tile {
   // The first row and column of the tile, in D.
   int row, col;
-  // The column tile's number.
-  int col_tile;
   int expert;
   // Which of two outputs, where a kernel has two.
   int output;
@@ -47,9 +45,29 @@ __device__ __forceinline__ void locate(int unit, int rows, int cols, int group, 
   row = above + rest - col * here;
 }
 
-// The experts' segments as the blocks read them: from a copy in shared memory, unless there are too many. Straight from
-// memory every expert passed costs a wait, one after the other, behind what the copy engine has in flight: with 128 experts
-// a tenth of the consumers' time, and meanwhile the producer, who walks the same list, lets the ring run dry.
+// The units of `rows` row tiles and `cols` column tiles: groups of tiles, one per block of a cluster.
+template <int Cluster>
+__device__ __forceinline__ int cluster_units(int rows, int cols) {
+  return rows / Cluster * cols + rows % Cluster * ((cols + Cluster - 1) / Cluster);
+}
+
+// The tile of one of them that is block `rank`'s. A column tile past the last one reads zeros and writes nothing.
+template <int Cluster>
+__device__ __forceinline__ void place(int unit, int rank, int rows, int cols, int& row, int& col, Shared& shared) {
+  const int grouped = rows / Cluster * cols;
+  if (unit < grouped) {
+    locate(unit, rows / Cluster, cols, 16 / Cluster, row, col);
+    row = Cluster * row + rank;
+    shared = Cluster == 1 ? Shared::None : Shared::B;
+  } else {
+    row = rows - 1;
+    col = Cluster * (unit - grouped) + rank;
+    shared = Shared::A;
+  }
+}
+
+// The experts' segments: from a copy in shared memory, unless there are too many. Straight from memory every expert passed
+// costs a wait, one after the other, behind what the copy engine has in flight.
 class SegmentTable {
  public:
   __device__ __forceinline__ SegmentTable(const int* offsets, const int* counts, int experts, int room, uint32_t copy)
@@ -122,27 +140,10 @@ class RowTiles {
       tiles_ = (segments_.begin(expert_ + 1) - row_) / tile_rows;
     }
     int row, col;
-    const int unit = unit_;
-    if constexpr (Cluster == 1) {
-      locate(unit, tiles_, args_.cols, 16, row, col);
-      tile.shared = Shared::None;
-    } else {
-      const int paired = tiles_ / 2 * args_.cols;
-      if (unit < paired) {
-        locate(unit, tiles_ / 2, args_.cols, 8, row, col);
-        row = 2 * row + rank_;
-        tile.shared = Shared::B;
-      } else {
-        // A column tile past the last one reads zeros and writes nothing.
-        row = tiles_ - 1;
-        col = 2 * (unit - paired) + rank_;
-        tile.shared = Shared::A;
-      }
-    }
+    place<Cluster>(unit_, rank_, tiles_, args_.cols, row, col, tile.shared);
     tile.row = row_ + row * tile_rows;
     tile.half = rows_ - row * tile_rows <= tile_rows / 2;
     tile.col = col * TileCols;
-    tile.col_tile = col;
     tile.expert = expert_;
     tile.output = 0;
     tile.depth = 0;
@@ -153,8 +154,7 @@ class RowTiles {
 
  private:
   __device__ __forceinline__ int units() const {
-    if constexpr (Cluster == 1) return tiles_ * args_.cols;
-    return tiles_ / 2 * args_.cols + (tiles_ & 1) * ((args_.cols + 1) / 2);
+    return cluster_units<Cluster>(tiles_, args_.cols);
   }
 
   const Args& args_;
@@ -185,8 +185,7 @@ class WeightTiles {
 
   __device__ __forceinline__ WeightTiles(const Args& args, const SegmentTable& segments, int rank)
       : args_(args), segments_(segments), rank_(rank), unit_(blockIdx.x / Cluster) {
-    paired_ = Cluster == 1 ? 0 : args.all_rows / 2 * args.cols;
-    count_ = Cluster == 1 ? args.all_rows * args.cols : paired_ + (args.all_rows & 1) * ((args.cols + 1) / 2);
+    count_ = cluster_units<Cluster>(args.all_rows, args.cols);
   }
 
   __device__ __forceinline__ bool next(Tile& tile) {
@@ -194,22 +193,10 @@ class WeightTiles {
     if (expert >= args_.experts) return false;
     const int unit = unit_ - expert * count_;
     int row, col;
-    if constexpr (Cluster == 1) {
-      locate(unit, args_.all_rows, args_.cols, 16, row, col);
-      tile.shared = Shared::None;
-    } else if (unit < paired_) {
-      locate(unit, args_.all_rows / 2, args_.cols, 8, row, col);
-      row = 2 * row + rank_;
-      tile.shared = Shared::B;
-    } else {
-      row = args_.all_rows - 1;
-      col = 2 * (unit - paired_) + rank_;
-      tile.shared = Shared::A;
-    }
+    place<Cluster>(unit, rank_, args_.all_rows, args_.cols, row, col, tile.shared);
     tile.output = row >= args_.rows ? 1 : 0;
     tile.row = (row - tile.output * args_.rows) * tile_rows;
     tile.col = col * TileCols;
-    tile.col_tile = col;
     tile.expert = expert;
     tile.depth = segments_.begin(expert);
     tile.steps = (segments_.rows(expert) + tile_depth - 1) / tile_depth;
@@ -227,7 +214,7 @@ class WeightTiles {
   const Args& args_;
   const SegmentTable& segments_;
   int rank_;
-  int unit_, count_, paired_;
+  int unit_, count_;
 };
 
 }  // namespace fsmoe::grouped

@@ -43,14 +43,10 @@ struct Scores {
   float max;  // of the logits, for a softmax
   float sum;
 
-  __device__ __forceinline__ Scores(const float (&x)[V], bool sigmoid) {
-    max = 0.0f;
-    if (!sigmoid) {
-      max = x[0];
-#pragma unroll
-      for (int i = 1; i < V; ++i) max = fmaxf(max, x[i]);
-      max = warp_max(max);
-    }
+  __device__ __forceinline__ Scores(const float (&x)[V], bool sigmoid) : Scores(x, sigmoid, largest(x, sigmoid)) {}
+
+  // Where the largest logit is known.
+  __device__ __forceinline__ Scores(const float (&x)[V], bool sigmoid, float largest) : max(largest) {
     float part = 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -60,8 +56,17 @@ struct Scores {
     sum = warp_sum(part);
   }
 
-  // The unnormalised score of a logit of this row.
-  __device__ __forceinline__ float one(float x, bool sigmoid) const { return sigmoid ? logistic(x) : expf(x - max); }
+  static __device__ __forceinline__ float largest(const float (&x)[V], bool sigmoid) {
+    if (sigmoid) return 0.0f;
+    float most = x[0];
+#pragma unroll
+    for (int i = 1; i < V; ++i) most = fmaxf(most, x[i]);
+    return warp_max(most);
+  }
+
+  // The unnormalised score of a logit of this row. The fast exponential is off by the more the smaller its result is beside
+  // the largest score, which is 1.
+  __device__ __forceinline__ float one(float x, bool sigmoid) const { return sigmoid ? logistic(x) : __expf(x - max); }
 };
 
 // ----------------------------------------------------------------------------
@@ -109,7 +114,25 @@ __device__ __forceinline__ void choose_forward(
       load_row<V>(logits + token * experts, experts, packs, lane, -INFINITY, x);
     }
 
-    const Scores<V> scores(x, sigmoid);
+    // What is compared: softmax and sigmoid keep the order of logits, and the logits no two that differ make equal. Lane j
+    // gets the j-th choice and its key.
+    unsigned keys[V];
+    int mine = 0;
+    unsigned own = 0, most = 0;
+    const auto select = [&] {
+      take_largest<V>(keys, lane, k, [&](int j, int column, unsigned key) {
+        if (lane == j) mine = column, own = key;
+        if (j == 0) most = key;
+      });
+    };
+    if (plain) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) keys[i] = Row<V>::column(i, lane) < experts ? sort_key(x[i]) : 0;
+      select();
+    }
+
+    // The first choice's logit is the largest.
+    const Scores<V> scores(x, sigmoid, plain && !sigmoid ? key_value(most) : Scores<V>::largest(x, sigmoid));
     // A row of sigmoids that have all gone to 0 has probabilities 0.
     const float total = sigmoid ? scores.sum + eps : scores.sum;
     const float inverse = quotient(1.0f, total);
@@ -122,35 +145,29 @@ __device__ __forceinline__ void choose_forward(
       const float log = sigmoid ? __logf(score) : x[i] - scores.max;
       logs += score == 0.0f ? 0.0f : score * log;
     }
-    logs = warp_sum(logs);
-    const float log_sum = logf(scores.sum);
-    entropy += scores.sum == 0.0f ? 0.0f : log_sum - logs * quotient(1.0f, scores.sum);
+    // Every lane has its own columns' part: they are added up at the end.
+    const float log_sum = __logf(scores.sum);
+    if (scores.sum != 0.0f) entropy += (lane == 0 ? log_sum : 0.0f) - logs * quotient(1.0f, scores.sum);
     const float lse = scores.max + log_sum;
     squares += lse * lse;
 
-    // What is compared: softmax and sigmoid keep the order of logits, and the logits no two that differ make equal.
-    unsigned keys[V];
+    float score = 0.0f;
+    if (plain) {
+      score = lane < k ? scores.one(key_value(own), sigmoid) : 0.0f;
+    } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const int column = Row<V>::column(i, lane);
-      if (!plain) {
+      for (int i = 0; i < V; ++i) {
+        const int column = Row<V>::column(i, lane);
         x[i] = sigmoid ? scores.value[i] : scores.value[i] * inverse;
         if (bias != nullptr && column < experts) x[i] += bias[column];
+        keys[i] = column < experts ? sort_key(x[i]) : 0;
       }
-      keys[i] = column < experts ? sort_key(x[i]) : 0;
+      if (kept < groups) keep_groups<V>(x, keys, experts, groups, kept, lane, scratch + warp * experts);
+      select();
+      // The key is of another value than the logit, and the register that has that is another lane's.
+      if (lane < k) score = scores.one(logits[token * experts + mine], sigmoid);
     }
-    if (kept < groups) keep_groups<V>(x, keys, experts, groups, kept, lane, scratch + warp * experts);
-    int mine = 0;
-    take_largest<V>(keys, lane, k, [&](int j, int column) {
-      if (lane == j) mine = column;
-    });
-
-    // Lane j has the j-th choice. Its logit is read again: the register that has it is another lane's.
-    float score = 0.0f;
-    if (lane < k) {
-      score = scores.one(logits[token * experts + mine], sigmoid);
-      if (!sigmoid) score *= inverse;
-    }
+    if (!sigmoid) score *= inverse;
     const float factor = normalise ? quotient(scale, warp_sum(score) + eps) : scale;
     if (lane < k) {
       chosen[token * k + lane] = mine;
@@ -161,6 +178,7 @@ __device__ __forceinline__ void choose_forward(
   }
 
   // The warps' sums, in the order of the warps.
+  entropy = warp_sum(entropy);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int column = Row<V>::column(i, lane);

@@ -70,27 +70,59 @@ __device__ __forceinline__ float key_value(unsigned key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// Calls taken(j, column) for the `count` largest keys of a row, descending, of equals the lowest column first; every lane
-// gets every call. A key that was taken becomes 0. At least `count` keys must not be 0.
+// Calls taken(j, column, key) for the `count` largest keys of a row, descending, of equals the lowest column first; every
+// lane gets every call. The keys are used up. At least `count` of them must not be 0.
 template <int V, typename Taken>
 __device__ __forceinline__ void take_largest(unsigned (&keys)[V], int lane, int count, Taken taken) {
-  for (int j = 0; j < count; ++j) {
-    unsigned best = keys[0];
-    unsigned at = Row<V>::column(0, lane);
+  if constexpr (V <= 4) {
+    // Few enough to be sorted: then a lane's largest is its first, and the next moves up. Only neighbours change places, and
+    // equals never do, so that of these the lowest column stays in front.
+    unsigned columns[V];
 #pragma unroll
-    for (int i = 1; i < V; ++i) {
-      if (keys[i] > best) {
-        best = keys[i];
-        at = Row<V>::column(i, lane);
+    for (int i = 0; i < V; ++i) columns[i] = Row<V>::column(i, lane);
+#pragma unroll
+    for (int end = V - 1; end > 0; --end) {
+#pragma unroll
+      for (int i = 0; i < end; ++i) {
+        const bool swap = keys[i] < keys[i + 1];
+        const unsigned key = keys[i], column = columns[i];
+        keys[i] = swap ? keys[i + 1] : key;
+        columns[i] = swap ? columns[i + 1] : column;
+        keys[i + 1] = swap ? key : keys[i + 1];
+        columns[i + 1] = swap ? column : columns[i + 1];
       }
     }
-    const unsigned most = __reduce_max_sync(full_warp, best);
-    const unsigned column = __reduce_min_sync(full_warp, best == most ? at : UINT_MAX);
+    for (int j = 0; j < count; ++j) {
+      const unsigned most = __reduce_max_sync(full_warp, keys[0]);
+      const unsigned column = __reduce_min_sync(full_warp, keys[0] == most ? columns[0] : UINT_MAX);
+      const bool own = columns[0] == column;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (static_cast<unsigned>(Row<V>::column(i, lane)) == column) keys[i] = 0;
+      for (int i = 0; i + 1 < V; ++i) {
+        keys[i] = own ? keys[i + 1] : keys[i];
+        columns[i] = own ? columns[i + 1] : columns[i];
+      }
+      keys[V - 1] = own ? 0 : keys[V - 1];
+      taken(j, static_cast<int>(column), most);
     }
-    taken(j, static_cast<int>(column));
+  } else {
+    for (int j = 0; j < count; ++j) {
+      unsigned best = keys[0];
+      unsigned at = Row<V>::column(0, lane);
+#pragma unroll
+      for (int i = 1; i < V; ++i) {
+        if (keys[i] > best) {
+          best = keys[i];
+          at = Row<V>::column(i, lane);
+        }
+      }
+      const unsigned most = __reduce_max_sync(full_warp, best);
+      const unsigned column = __reduce_min_sync(full_warp, best == most ? at : UINT_MAX);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        if (static_cast<unsigned>(Row<V>::column(i, lane)) == column) keys[i] = 0;
+      }
+      taken(j, static_cast<int>(column), most);
+    }
   }
 }
 
@@ -126,7 +158,7 @@ __device__ __forceinline__ void keep_groups(const float (&x)[V], unsigned (&keys
   unsigned* flags = reinterpret_cast<unsigned*>(memory);
   for (int group = lane; group < groups; group += warp_size) flags[group] = 0;
   __syncwarp();
-  take_largest<V>(ranks, lane, kept, [&](int, int group) {
+  take_largest<V>(ranks, lane, kept, [&](int, int group, unsigned) {
     if (lane == 0) flags[group] = 1;
   });
   __syncwarp();

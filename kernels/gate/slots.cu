@@ -65,7 +65,8 @@ __device__ __forceinline__ void slots_count(const int* __restrict__ experts, con
 constexpr int scan_columns = 8;
 constexpr int scan_strips = 1024 / scan_columns;
 constexpr int strips_per_lane = scan_strips / warp_size;
-constexpr int scan_batch = 8;
+// Rows that a thread keeps: of a strip that is no longer, the counts are read once.
+constexpr int scan_batch = 16;
 
 struct Losses {
   unsigned* firsts;
@@ -82,6 +83,12 @@ struct Losses {
 // What the last block does: everything that needs all of the others.
 __device__ __forceinline__ void settle_losses(const Losses& losses, const int* loads, int num_experts, index_t groups) {
   const float tokens = static_cast<float>(losses.tokens);
+  // Both before the first sum over the block, which nothing is read across.
+  float entropy = 0.0f, squares = 0.0f;
+  for (index_t t = threadIdx.x; t < losses.tiles && losses.entropy != nullptr; t += blockDim.x) {
+    entropy += losses.sums[t];
+    squares += losses.sums[losses.tiles + t];
+  }
   float part = 0.0f;
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     index_t choices = 0;
@@ -97,11 +104,6 @@ __device__ __forceinline__ void settle_losses(const Losses& losses, const int* l
   part = block_sum(part);
   if (threadIdx.x == 0) losses.balance[0] = static_cast<float>(num_experts) * part;
   if (losses.entropy == nullptr) return;
-  float entropy = 0.0f, squares = 0.0f;
-  for (index_t t = threadIdx.x; t < losses.tiles; t += blockDim.x) {
-    entropy += losses.sums[t];
-    squares += losses.sums[losses.tiles + t];
-  }
   entropy = block_sum(entropy);
   squares = block_sum(squares);
   if (threadIdx.x != 0) return;
@@ -123,15 +125,26 @@ __device__ __forceinline__ void slots_scan(unsigned* __restrict__ counts, index_
   const int warp = threadIdx.x / warp_size;
   const int expert = blockIdx.x % per_group * scan_columns + column;
   const bool inside = expert < num_experts;
-  unsigned* const mine = counts + group * rows * num_experts + expert;
+  // One address for the block, and 32 bits from there: addresses of 16 rows would not fit in the registers.
+  unsigned* const mine = counts + group * rows * num_experts;
+  const auto at = [&](index_t row) { return static_cast<unsigned>(row) * num_experts + expert; };
 
   // Each thread sums a strip of consecutive rows, a warp then the strips of a column.
   const index_t length = (rows + scan_strips - 1) / scan_strips;
   const index_t from = min(strip * length, rows);
   const index_t to = inside ? min(from + length, rows) : from;
+  // All at once: a load may not pass a store that could be to its address, so one by one each would wait for memory.
+  unsigned batch[scan_batch];
+  const auto load = [&](index_t row) {
+#pragma unroll
+    for (int i = 0; i < scan_batch; ++i) batch[i] = row + i < to ? mine[at(row + i)] : 0;
+  };
   unsigned sum = 0;
-#pragma unroll 8
-  for (index_t row = from; row < to; ++row) sum += mine[row * num_experts];
+  for (index_t row = from; row < to; row += scan_batch) {
+    load(row);
+#pragma unroll
+    for (int i = 0; i < scan_batch; ++i) sum += batch[i];
+  }
   strips[column][strip] = sum;
   float float_sum = 0.0f;
   if (losses.ticket != nullptr && group == 0 && inside) {
@@ -167,17 +180,14 @@ __device__ __forceinline__ void slots_scan(unsigned* __restrict__ counts, index_
   }
   __syncthreads();
   unsigned before = strips[column][strip];
-  // Eight at a time: a load may not pass a store that could be to its address, so one by one each would wait for memory.
   for (index_t row = from; row < to; row += scan_batch) {
-    unsigned batch[scan_batch];
-#pragma unroll
-    for (int i = 0; i < scan_batch; ++i) batch[i] = row + i < to ? mine[(row + i) * num_experts] : 0;
+    if (length > scan_batch) load(row);
 #pragma unroll
     for (int i = 0; i < scan_batch; ++i) {
       if (row + i == first_rows && row + i < to && losses.ticket != nullptr) {
         losses.firsts[group * num_experts + expert] = before;
       }
-      if (row + i < to) mine[(row + i) * num_experts] = before;
+      if (row + i < to) mine[at(row + i)] = before;
       before += batch[i];
     }
   }

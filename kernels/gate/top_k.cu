@@ -31,7 +31,7 @@ __device__ __forceinline__ void top_k(const float* __restrict__ scores, const fl
     }
     if (kept < groups) keep_groups<V>(x, keys, cols, groups, kept, lane, top_k_memory + warp * cols);
     int mine = 0;
-    take_largest<V>(keys, lane, k, [&](int j, int column) {
+    take_largest<V>(keys, lane, k, [&](int j, int column, unsigned) {
       if (lane == j) mine = column;
     });
     if (lane < k) experts[row * k + lane] = mine;

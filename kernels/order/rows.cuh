@@ -2,8 +2,8 @@
 // zeros for empty rows.
 #pragma once
 
-#include "common/vector.cuh"
 #include "common/reduce.cuh"
+#include "common/vector.cuh"
 
 namespace fsmoe {
 
@@ -86,24 +86,46 @@ __device__ __forceinline__ index_t row_limit(const int* limit, index_t rows) {
   return limit == nullptr ? rows : min(static_cast<index_t>(*limit), rows);
 }
 
-// Writes zeros to the rows that have no token, with the warps from `first` on of `warps`: each looks at 32 rows at a time.
-// N elements are stored at once.
+// Writes zeros to the rows that have no token, as block `block` of `blocks`: one looks at 32 rows at a time, of which its
+// warps take the empty ones in turn. N elements are stored at once.
+//
+// Empty rows lie side by side, so a warp that had 32 of them to itself would still be writing when all others are done; and
+// these blocks come first in their grids, for the same reason.
 template <int N, typename T>
 __device__ __forceinline__ void clear_empty_rows(const int* __restrict__ row_token, index_t rows, index_t cols,
-                                                 T* __restrict__ out, index_t first, index_t warps) {
+                                                 T* __restrict__ out, index_t block, index_t blocks) {
   const int lane = threadIdx.x % warp_size;
+  const int warp = threadIdx.x / warp_size;
+  const int warps = blockDim.x / warp_size;
   Lanes<N> zeros;
 #pragma unroll
   for (int i = 0; i < N; ++i) zeros[i] = 0.0f;
-  for (index_t from = first * warp_size; from < rows; from += warps * warp_size) {
+  for (index_t from = block * warp_size; from < rows; from += blocks * warp_size) {
     unsigned empty = __ballot_sync(full_warp, from + lane < rows && row_token[from + lane] < 0);
-    while (empty != 0) {
+    for (int n = 0; empty != 0; ++n) {
       T* const row = out + (from + __ffs(empty) - 1) * cols;
       empty &= empty - 1;
+      if (n % warps != warp) continue;
       index_t col = static_cast<index_t>(lane) * N;
       for (; col + N <= cols; col += warp_size * N) store<N>(row + col, zeros);
       for (; col < cols; ++col) row[col] = from_f32<T>(0.0f);
     }
+  }
+}
+
+// Walks (rows, segments of cols) by warps, from the grid's block `first` on: calls body(row, col) with the warp's row and the
+// lane's first column; a segment has C vectors of N elements for each lane, warp_size * N columns apart. A warp has one row,
+// so what it must know of it is read once. Segments are numbered in 32 bits: no memory has more.
+template <int N, int C, typename Body>
+__device__ __forceinline__ void for_each_segment(index_t rows, int cols, unsigned first, Body body) {
+  constexpr unsigned width = C * warp_size * N;
+  const unsigned segments = (cols + width - 1) / width;
+  const unsigned warps = blockDim.x / warp_size;
+  const unsigned items = static_cast<unsigned>(rows) * segments;
+  for (unsigned item = (blockIdx.x - first) * warps + threadIdx.x / warp_size; item < items;
+       item += (gridDim.x - first) * warps) {
+    const unsigned row = item / segments;
+    body(static_cast<index_t>(row), static_cast<int>((item - row * segments) * width + threadIdx.x % warp_size * N));
   }
 }
 

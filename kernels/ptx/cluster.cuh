@@ -26,6 +26,21 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+// True in one thread of the warp, all of whose threads call it. To the compiler the code that depends on it is one thread's:
+// the copy engine's operands are then taken as they are, where under a condition like threadIdx.x == 0 each copy is wrapped
+// in a loop over the warp's possibly different ones.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, one;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // Registers per thread, for the calling warpgroup from here on: a multiple of 8.
 template <int Count>
 __device__ __forceinline__ void take_registers() {

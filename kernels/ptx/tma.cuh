@@ -15,6 +15,10 @@ __device__ __forceinline__ void tma_prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// Orders what this thread has read from and written to shared memory before what the copy engine does there when told so
+// afterwards: without it, results written over a box in place came out wrong.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // The box at (x, y, z), x the contiguous dimension, to `to`.
 __device__ __forceinline__ void tma_load(const TensorMap& map, uint32_t barrier, uint32_t to, int x, int y, int z) {
   asm volatile(

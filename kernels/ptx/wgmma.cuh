@@ -61,33 +61,29 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int N>
 struct Wgmma;
 
-// D = A * B + (keep ? D : 0)
-#define FSMOE_WGMMA(n, a, b, keep, a_major, b_major, registers, ...)                                                  \
+// D += A * B
+#define FSMOE_WGMMA(n, a, b, a_major, b_major, registers, ...)                                                  \
   template <>                                                                                                         \
   struct Wgmma<n> {                                                                                                   \
     template <Major A, Major B>                                                                                       \
-    __device__ __forceinline__ static void run(float (&d)[n / 2], uint64_t at_a, uint64_t at_b, int keep_d) {         \
-      asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " keep ", 0;\n"                                            \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" registers "}, " a ", " b              \
-                   ", keep, 1, 1, " a_major ", " b_major ";\n}"                                                       \
+    __device__ __forceinline__ static void run(float (&d)[n / 2], uint64_t at_a, uint64_t at_b) {         \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" registers "}, " a ", " b              \
+                   ", 1, 1, 1, " a_major ", " b_major ";"                                                              \
                    : __VA_ARGS__                                                                                      \
-                   : "l"(at_a), "l"(at_b), "r"(keep_d), "n"(A == Major::MN ? 1 : 0), "n"(B == Major::MN ? 1 : 0));    \
+                   : "l"(at_a), "l"(at_b), "n"(A == Major::MN ? 1 : 0), "n"(B == Major::MN ? 1 : 0));    \
     }                                                                                                                 \
   };
 
-FSMOE_WGMMA(128, "%64", "%65", "%66", "%67", "%68",
+FSMOE_WGMMA(128, "%64", "%65", "%66", "%67",
             FSMOE_R0 ", " FSMOE_R1 ", " FSMOE_R2 ", " FSMOE_R3 ", " FSMOE_R4 ", " FSMOE_R5 ", " FSMOE_R6 ", " FSMOE_R7,
             FSMOE_D(0), FSMOE_D(8), FSMOE_D(16), FSMOE_D(24), FSMOE_D(32), FSMOE_D(40), FSMOE_D(48), FSMOE_D(56))
-FSMOE_WGMMA(176, "%88", "%89", "%90", "%91", "%92",
-            FSMOE_R0 ", " FSMOE_R1 ", " FSMOE_R2 ", " FSMOE_R3 ", " FSMOE_R4 ", " FSMOE_R5 ", " FSMOE_R6 ", " FSMOE_R7 ", " FSMOE_R8 ", " FSMOE_R9 ", " FSMOE_R10,
-            FSMOE_D(0), FSMOE_D(8), FSMOE_D(16), FSMOE_D(24), FSMOE_D(32), FSMOE_D(40), FSMOE_D(48), FSMOE_D(56), FSMOE_D(64), FSMOE_D(72), FSMOE_D(80))
-FSMOE_WGMMA(192, "%96", "%97", "%98", "%99", "%100",
+FSMOE_WGMMA(192, "%96", "%97", "%98", "%99",
             FSMOE_R0 ", " FSMOE_R1 ", " FSMOE_R2 ", " FSMOE_R3 ", " FSMOE_R4 ", " FSMOE_R5 ", " FSMOE_R6 ", " FSMOE_R7 ", " FSMOE_R8 ", " FSMOE_R9 ", " FSMOE_R10 ", " FSMOE_R11,
             FSMOE_D(0), FSMOE_D(8), FSMOE_D(16), FSMOE_D(24), FSMOE_D(32), FSMOE_D(40), FSMOE_D(48), FSMOE_D(56), FSMOE_D(64), FSMOE_D(72), FSMOE_D(80), FSMOE_D(88))
-FSMOE_WGMMA(208, "%104", "%105", "%106", "%107", "%108",
+FSMOE_WGMMA(208, "%104", "%105", "%106", "%107",
             FSMOE_R0 ", " FSMOE_R1 ", " FSMOE_R2 ", " FSMOE_R3 ", " FSMOE_R4 ", " FSMOE_R5 ", " FSMOE_R6 ", " FSMOE_R7 ", " FSMOE_R8 ", " FSMOE_R9 ", " FSMOE_R10 ", " FSMOE_R11 ", " FSMOE_R12,
             FSMOE_D(0), FSMOE_D(8), FSMOE_D(16), FSMOE_D(24), FSMOE_D(32), FSMOE_D(40), FSMOE_D(48), FSMOE_D(56), FSMOE_D(64), FSMOE_D(72), FSMOE_D(80), FSMOE_D(88), FSMOE_D(96))
-FSMOE_WGMMA(256, "%128", "%129", "%130", "%131", "%132",
+FSMOE_WGMMA(256, "%128", "%129", "%130", "%131",
             FSMOE_R0 ", " FSMOE_R1 ", " FSMOE_R2 ", " FSMOE_R3 ", " FSMOE_R4 ", " FSMOE_R5 ", " FSMOE_R6 ", " FSMOE_R7 ", " FSMOE_R8 ", " FSMOE_R9 ", " FSMOE_R10 ", " FSMOE_R11 ", " FSMOE_R12 ", " FSMOE_R13 ", " FSMOE_R14 ", " FSMOE_R15,
             FSMOE_D(0), FSMOE_D(8), FSMOE_D(16), FSMOE_D(24), FSMOE_D(32), FSMOE_D(40), FSMOE_D(48), FSMOE_D(56), FSMOE_D(64), FSMOE_D(72), FSMOE_D(80), FSMOE_D(88), FSMOE_D(96), FSMOE_D(104), FSMOE_D(112), FSMOE_D(120))
 

@@ -122,7 +122,11 @@ pub fn check(case: &Case, kernels: &dyn Kernels, dtype: DType) -> Result<f64> {
     Ok(worst)
 }
 
-fn check_shape(case: &Case, kernels: &dyn Kernels, sizes: &Sizes, dtype: DType) -> Result<f64> {
+/// [`check`] on one shape.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_shape(case: &Case, kernels: &dyn Kernels, sizes: &Sizes, dtype: DType) -> Result<f64> {
     let host = Lane::cpu();
     let args = (case.args)(sizes);
     // Inputs made by other operations are made in f64, then rounded as the others are.

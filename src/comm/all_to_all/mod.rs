@@ -220,7 +220,10 @@ const MOST_ORDERS: usize = 1024;
 
 /// Puts rows in another order. Orders come again step after step: on a GPU they are kept there.
 #[derive(Default)]
-pub struct Arranger(Mutex<HashMap<(LaneKind, Vec<Range<usize>>), Tensor>>);
+pub struct Arranger(Mutex<HashMap<Runs, Tensor>>);
+
+/// Runs of rows, one after another, and the lane they are for.
+type Runs = (LaneKind, Vec<Range<usize>>);
 
 impl Arranger {
     /// The rows of `t` (R, M) in the order of `ranges`: `t` itself where that is the order they have.

@@ -2,12 +2,13 @@
 
 use super::Cpu;
 use super::math::{PIECE, apart, same};
-use super::util::{Num, Real, Shared, distinct, float_type, for_rows, in_place, input, on_host, output};
+use super::util::{Num, Real, Shared, distinct, float_type, for_rows, in_place, input, on_host, output, sum};
 use crate::device::check::{side_by_side, strided_rows, weighted};
 use crate::device::{ExpertKernels, Gelu, GroupedKernels, RowWeights};
 use crate::error::{Result, shape_err};
 use crate::tensor::{Element, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
 
 impl GroupedKernels for Cpu {}
 
@@ -109,19 +110,27 @@ impl ExpertKernels for Cpu {
         float_type!("gelu_backward_weighted", x.dtype(), T => {
             let (x, dy, width) = (input::<T>(x)?, input::<T>(dy)?, x.rows().1);
             weighted_rows::<T, _>(weights, [dx, act], |r, weight, [dx, act]| {
-                let mut sum = Real::of(0.0);
-                let inputs = x[r * width..].iter().zip(&dy[r * width..]);
-                for ((dx, act), (x, dy)) in dx.iter_mut().zip(act).zip(inputs) {
-                    let (x, dy) = (x.get(), dy.get());
-                    let (value, slope) = match form {
-                        Gelu::Erf => (x * normal_cdf(x), erf_slope(x)),
-                        Gelu::Tanh => (x * tanh_cdf(x).0, tanh_slope(x)),
+                let (x, dy) = (&x[r * width..][..width], &dy[r * width..][..width]);
+                sum_of_parts(width, |part, products| {
+                    let inputs = x[part.clone()].iter().zip(&dy[part.clone()]);
+                    let outputs = dx[part.clone()].iter_mut().zip(&mut act[part]).zip(products);
+                    let one = |((dx, act), product): ((&mut T, &mut T), &mut _), dy, (value, slope)| {
+                        *product = dy * value;
+                        *dx = T::put(weight * dy * slope);
+                        *act = T::put(weight * value);
                     };
-                    sum += dy * value;
-                    *dx = T::put(weight * dy * slope);
-                    *act = T::put(weight * value);
-                }
-                sum
+                    // Two loops: a choice in the inner one would keep it from vectorising.
+                    match form {
+                        Gelu::Erf => outputs.zip(inputs).for_each(|(out, (x, dy))| {
+                            let x = x.get();
+                            one(out, dy.get(), (x * normal_cdf(x), erf_slope(x)));
+                        }),
+                        Gelu::Tanh => outputs.zip(inputs).for_each(|(out, (x, dy))| {
+                            let x = x.get();
+                            one(out, dy.get(), (x * tanh_cdf(x).0, tanh_slope(x)));
+                        }),
+                    }
+                })
             })
         })
     }
@@ -141,21 +150,38 @@ impl ExpertKernels for Cpu {
         float_type!("swiglu_backward_weighted", gate.dtype(), T => {
             let (g, u, dy, width) = (input::<T>(gate)?, input::<T>(up)?, input::<T>(dy)?, gate.rows().1);
             weighted_rows::<T, _>(weights, [d_gate, d_up, act], |r, weight, [d_gate, d_up, act]| {
-                let mut sum = Real::of(0.0);
-                for (i, ((dg, du), act)) in d_gate.iter_mut().zip(d_up).zip(act).enumerate() {
-                    let at = r * width + i;
-                    let (g, u, dy) = (g[at].get(), u[at].get(), dy[at].get());
-                    let s = g.sigmoid();
-                    let (value, d) = (g * s * u, weight * dy);
-                    sum += dy * value;
-                    *dg = T::put(d * u * s * (1.0 + g * (1.0 - s)));
-                    *du = T::put(d * g * s);
-                    *act = T::put(weight * value);
-                }
-                sum
+                let [g, u, dy] = [g, u, dy].map(|t| &t[r * width..][..width]);
+                sum_of_parts(width, |part, products| {
+                    let inputs = g[part.clone()].iter().zip(&u[part.clone()]).zip(&dy[part.clone()]);
+                    let outputs = d_gate[part.clone()].iter_mut().zip(&mut d_up[part.clone()]).zip(&mut act[part]);
+                    for ((((dg, du), act), product), ((g, u), dy)) in outputs.zip(products).zip(inputs) {
+                        let (g, u, dy) = (g.get(), u.get(), dy.get());
+                        let s = g.sigmoid();
+                        let (value, d) = (g * s * u, weight * dy);
+                        *product = dy * value;
+                        *dg = T::put(d * u * s * (1.0 + g * (1.0 - s)));
+                        *du = T::put(d * g * s);
+                        *act = T::put(weight * value);
+                    }
+                })
             })
         })
     }
+}
+
+/// The sum of what `part` writes for every element of a row, given a range of elements and as many places. A sum inside
+/// of the loop that makes its terms would keep that loop from vectorising.
+#[inline(always)]
+fn sum_of_parts<A: Real>(width: usize, mut part: impl FnMut(Range<usize>, &mut [A])) -> A {
+    const PART: usize = 256;
+    let mut terms = [A::zero(); PART];
+    let mut total = A::zero();
+    for start in (0..width).step_by(PART) {
+        let terms = &mut terms[..PART.min(width - start)];
+        part(start..start + terms.len(), terms);
+        total += sum([&*terms], |[term]| term);
+    }
+    total
 }
 
 /// `row(r, weight, outputs' rows)` for every row, in parallel; what it returns is the gradient of the row's weight.
@@ -315,6 +341,40 @@ mod tests {
                 close(got, &wide(&want), *bound);
             }
         }
+    }
+
+    /// Rows of more than one part: the gradients of weighted dy, the weighted activation, and dy · activation for each row.
+    #[test]
+    fn weighted_backwards_are_put_together_from_plain_ones() {
+        let (rows, width) = (3, 600);
+        let [x, up, dy] = [1, 2, 3].map(|seed| random_tensor(seed, &[rows, width], DType::F64));
+        let weights = Tensor::from_slice(&[0.5f64, -2.0, 0.0], [rows]).unwrap();
+        let new = || Tensor::host([rows, width], DType::F64);
+        let (w, near) = (wide(&weights), |got: &Tensor, want: Vec<f64>| close(got, &want, 1e-13));
+        let weighted = |t: &Tensor| wide(t).iter().enumerate().map(|(i, v)| w[i / width] * v).collect::<Vec<_>>();
+        let dots = |y: &Tensor| -> Vec<f64> {
+            let products: Vec<f64> = wide(&dy).iter().zip(wide(y)).map(|(d, y)| d * y).collect();
+            products.chunks(width).map(|row| row.iter().sum()).collect()
+        };
+        let (y, d, d_up, act, d_weights) = (new(), new(), new(), new(), Tensor::host([rows], DType::F64));
+        let of_rows = || Some(RowWeights { weights: &weights, d_weights: &d_weights });
+        let [plain, plain_up] = [(); 2].map(|()| new());
+
+        for form in [Gelu::Erf, Gelu::Tanh] {
+            Cpu.gelu_backward_weighted(form, &x, &dy, of_rows(), &d, &act).unwrap();
+            Cpu.gelu(form, &x, &y).unwrap();
+            Cpu.gelu_backward(form, &x, &dy, &plain).unwrap();
+            near(&d, weighted(&plain));
+            near(&act, weighted(&y));
+            near(&d_weights, dots(&y));
+        }
+        Cpu.swiglu_backward_weighted(&x, &up, &dy, of_rows(), &d, &d_up, &act).unwrap();
+        Cpu.swiglu(&x, &up, &y).unwrap();
+        Cpu.swiglu_backward(&x, &up, &dy, &plain, &plain_up).unwrap();
+        near(&d, weighted(&plain));
+        near(&d_up, weighted(&plain_up));
+        near(&act, weighted(&y));
+        near(&d_weights, dots(&y));
     }
 
     #[test]

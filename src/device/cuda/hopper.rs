@@ -49,9 +49,9 @@ impl Compiled {
         self.cols / self.weights
     }
 
-    /// Of the compiled widths the one that spends the least on `n` columns.
-    fn choose(widths: &[Width], n: usize, weights: usize, transposed: bool) -> Self {
-        let cost = |width: &&Width| n.div_ceil(width.cols / weights) * width.cost;
+    /// Of the compiled widths the one that spends the least on `n` columns, sums over `depth`.
+    fn choose(widths: &[Width], n: usize, depth: usize, weights: usize, transposed: bool) -> Self {
+        let cost = |width: &&Width| n.div_ceil(width.cols / weights) * width.at(depth);
         let cols = widths.iter().min_by_key(cost).map_or(0, |width| width.cols);
         Compiled { cols, weights, transposed }
     }
@@ -60,24 +60,35 @@ impl Compiled {
 /// A width of tiles that a kernel is compiled for, the last part of its entry point's name.
 struct Width {
     cols: usize,
-    /// What a tile takes, in the time of one column's products: its columns; what every tile takes; for 208 columns of a
-    /// transposed operand, of which 256 are loaded, some of the rest; for 256, whose results nothing overlaps, more.
-    /// Fitted to measurements on an H200.
+    /// What a tile takes, in the time of one column's products: its columns; what every tile takes; and, where the second
+    /// operand comes in boxes of 64 columns that do not divide the tile, some of what is loaded for nothing and of what it
+    /// costs that the boxes begin within lines of memory. Fitted to measurements on an H200.
     cost: usize,
+    /// What comes on top where no other tile is multiplied while a tile's results are written, times the depth of the sums.
+    pause: usize,
+}
+
+impl Width {
+    fn at(&self, depth: usize) -> usize {
+        self.cost + self.pause / depth.max(1)
+    }
 }
 
 const fn width(cols: usize, cost: usize) -> Width {
-    Width { cols, cost }
+    Width { cols, cost, pause: 0 }
 }
+
+/// 256 columns, of which both consumers take a half of the rows.
+const WIDE: Width = Width { cols: 256, cost: 271, pause: 62_000 };
 
 const LINEAR: [Width; 2] = [width(208, 224), width(192, 208)];
 const LINEAR_GELU: [Width; 1] = [width(208, 224)];
 const LINEAR_SWIGLU: [Width; 2] = [width(208, 224), width(192, 208)];
 const DATA: [Width; 2] = [width(208, 230), width(192, 208)];
-const DATA_PAIRS: [Width; 2] = [width(208, 230), width(256, 272)];
-const DATA_GELU: [Width; 1] = [width(176, 192)];
-const DATA_SWIGLU: [Width; 2] = [width(176, 192), width(192, 208)];
-const WEIGHT: [Width; 3] = [width(192, 208), width(208, 238), width(256, 300)];
+const DATA_PAIRS: [Width; 2] = [width(192, 208), WIDE];
+const DATA_GELU: [Width; 2] = [width(192, 208), width(128, 139)];
+const DATA_SWIGLU: [Width; 2] = [width(192, 208), width(128, 141)];
+const WEIGHT: [Width; 3] = [width(192, 208), width(208, 230), WIDE];
 
 /// The kernels' `Maps`.
 #[repr(C)]
@@ -178,7 +189,8 @@ fn address(t: Option<&Tensor>) -> u64 {
     t.map_or(0, |t| t.ptr() as u64)
 }
 
-/// A contiguous (z, y, x) bf16 tensor, copied in boxes of `cols` x by `rows` y: of 64 x with the 128-byte swizzle.
+/// A contiguous (z, y, x) bf16 tensor, copied in boxes of `cols` x by `rows` y, swizzled over the bytes of a box's row: 64 x
+/// or [`INPUT_COLS`].
 fn map(t: &Tensor, [z, y, x]: [usize; 3], [rows, cols]: [usize; 2]) -> Result<sys::CUtensorMap> {
     let size = [x as u64, y as u64, z as u64];
     let stride = [2 * x as u64, 2 * (x * y) as u64];
@@ -186,7 +198,7 @@ fn map(t: &Tensor, [z, y, x]: [usize; 3], [rows, cols]: [usize; 2]) -> Result<sy
     let swizzle = if cols == 64 {
         sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
     } else {
-        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE
+        sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B
     };
     let mut map = MaybeUninit::zeroed();
     // SAFETY: the arrays are as long as a rank of 3 needs, and the call writes no more than the map; the driver is loaded,
@@ -213,11 +225,11 @@ fn map(t: &Tensor, [z, y, x]: [usize; 3], [rows, cols]: [usize; 2]) -> Result<sy
 }
 
 fn data_swiglu(hidden: usize) -> Compiled {
-    Compiled::choose(&DATA_SWIGLU, hidden, 1, true)
+    Compiled::choose(&DATA_SWIGLU, hidden, 1, 1, true)
 }
 
 fn data_gelu(hidden: usize) -> Compiled {
-    Compiled::choose(&DATA_GELU, hidden, 1, true)
+    Compiled::choose(&DATA_GELU, hidden, 1, 1, true)
 }
 
 fn width_of(t: Option<&Tensor>) -> usize {
@@ -248,7 +260,7 @@ impl Cuda {
         let op = "grouped_linear";
         let g = Problem::new(self, op, rows.into(), x, width_of(Some(y)), &[w], false)?;
         g.rows(self, &[("y", Some(y))])?;
-        let compiled = Compiled::choose(&LINEAR, g.n, 1, false);
+        let compiled = Compiled::choose(&LINEAR, g.n, g.k, 1, false);
         let args = Plain { d: address(Some(y)), rows: g.r as i32, cols: g.n as i32 };
         g.launch(self, op, compiled, &[x], &[w], &[], args)
     }
@@ -272,7 +284,7 @@ impl Cuda {
         };
         let g = Problem::new(self, op, rows.into(), x, width_of(Some(act)), &[w], false)?;
         g.rows(self, &[("pre", pre), ("act", Some(act))])?;
-        let compiled = Compiled::choose(&LINEAR_GELU, g.n, 1, false);
+        let compiled = Compiled::choose(&LINEAR_GELU, g.n, g.k, 1, false);
         let args = Forward { pre: [address(pre), 0], act: address(Some(act)), rows: g.r as i32, cols: g.n as i32 };
         g.launch(self, op, compiled, &[x], &[w], &[], args)
     }
@@ -295,7 +307,7 @@ impl Cuda {
         let g = Problem::new(self, op, rows.into(), x, width_of(Some(act)), &[w1, w3], false)?;
         let (gate, up) = gate_up.unzip();
         g.rows(self, &[("gate", gate), ("up", up), ("act", Some(act))])?;
-        let compiled = Compiled::choose(&LINEAR_SWIGLU, g.n, 2, false);
+        let compiled = Compiled::choose(&LINEAR_SWIGLU, g.n, g.k, 2, false);
         let args =
             Forward { pre: [address(gate), address(up)], act: address(Some(act)), rows: g.r as i32, cols: g.n as i32 };
         g.launch(self, op, compiled, &[x], &[w1, w3], &[], args)
@@ -323,7 +335,8 @@ impl Cuda {
         }
         self.row_major(op, &dys)?;
         g.rows(self, &[("dx", Some(dx))])?;
-        let compiled = Compiled::choose(if pairs.len() == 1 { &DATA } else { &DATA_PAIRS }, g.n, 1, true);
+        let widths = if pairs.len() == 1 { &DATA } else { &DATA_PAIRS };
+        let compiled = Compiled::choose(widths, g.n, g.k * pairs.len(), 1, true);
         let args = Plain { d: address(Some(dx)), rows: g.r as i32, cols: g.n as i32 };
         g.launch(self, op, compiled, &dys, &ws, &[], args)
     }
@@ -501,7 +514,9 @@ impl Cuda {
         let tiles = g.n.div_ceil(ROW_TILE);
         // The tiles' number is known here: what counts is how often the GPU is filled with them.
         let multiprocessors = self.multiprocessors() as usize;
-        let cost = |w: &&Width| (g.e * tiles * pairs.len() * g.k.div_ceil(w.cols)).div_ceil(multiprocessors) * w.cost;
+        let depth = g.r / g.e;
+        let waves = |cols: usize| (g.e * tiles * pairs.len() * g.k.div_ceil(cols)).div_ceil(multiprocessors);
+        let cost = |w: &&Width| waves(w.cols) * w.at(depth);
         let cols = WEIGHT.iter().min_by_key(cost).map_or(0, |w| w.cols);
         let compiled = Compiled { cols, weights: 1, transposed: true };
         let blank = rows_map(x)?;

@@ -43,7 +43,7 @@ pub use graph::Graph;
 pub use hopper::{Blocks, ROW_TILE, RowScale};
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
 pub use pool::Usage;
-pub use range::{Range, range};
+pub use range::{Range, Recording, range};
 pub use selftest::selftest;
 
 /// What can go wrong on a GPU; every variant says what was being done.

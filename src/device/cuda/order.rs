@@ -12,6 +12,9 @@ use crate::tensor::{DType, Tensor};
 /// The most blocks that a kernel that walks by the grid is given.
 const MAX_BLOCKS: usize = 1 << 20;
 
+/// Loads (G, E) of which every block makes its own layout: no more than a kernel of their own takes to start.
+const OWN_LAYOUT: usize = 2048;
+
 impl OrderKernels for Cuda {
     fn gather_rows(&self, src: &Tensor, index: &Tensor, dst: &Tensor) -> Result<()> {
         self.gather("gather_rows", src, index, None, dst)
@@ -122,7 +125,7 @@ impl OrderKernels for Cuda {
             shape_err!("{OP}: {n} indices for {tokens} tokens: as many for each, or offsets");
         }
         let k = if offsets.is_some() { 0 } else { n / tokens };
-        let in_flight = if offsets.is_some() { 4 } else { in_flight(k) };
+        let in_flight = if offsets.is_some() { 4 } else { in_flight(k).min(4) };
         let args = Args::new()
             .tensor(rows)
             .tensor(index)
@@ -133,9 +136,10 @@ impl OrderKernels for Cuda {
             .int(k as i32)
             .size(width)
             .tensor(out);
-        let (name, items) = (format!("combine_rows_forward_u{in_flight}_{suffix}"), tokens * vectors(rows));
+        let name = format!("combine_rows_forward_u{in_flight}_{suffix}");
+        let threads = tokens * segment_threads(rows, if in_flight == 2 { 1 } else { 2 });
         // SAFETY: the kernel's parameters, of checked shapes; what the index names is checked by the kernel.
-        unsafe { self.launch(&name, blocks(items), THREADS, 0, args, || format!("{rows:?} into {out:?}")) }
+        unsafe { self.launch(&name, blocks(threads), THREADS, 0, args, || format!("{rows:?} into {out:?}")) }
     }
 
     fn combine_rows_backward(
@@ -221,7 +225,8 @@ impl OrderKernels for Cuda {
         if rows == 0 || width == 0 {
             return Ok(());
         }
-        let token_blocks = if tokens * k == 0 { 0 } else { blocks(tokens * vectors(x)) };
+        let token_blocks = if tokens * k == 0 { 0 } else { blocks(tokens * segment_threads(x, 2)) };
+        let clear_blocks = clear_blocks(rows);
         let args = Args::new()
             .tensor(x)
             .tensor(index)
@@ -231,11 +236,11 @@ impl OrderKernels for Cuda {
             .tensor(row_token)
             .optional(limit)
             .size(rows)
-            .size(token_blocks as usize)
+            .size(clear_blocks)
             .tensor(dst);
         let shape = || format!("{x:?} to {dst:?}, k = {k}");
         // SAFETY: the kernel's parameters, of checked shapes; what the index names is checked by the kernel.
-        unsafe { self.launch(&name, token_blocks + blocks(rows), THREADS, 0, args, shape) }
+        unsafe { self.launch(&name, token_blocks + clear_blocks as u32, THREADS, 0, args, shape) }
     }
 
     fn combine_choices_backward(
@@ -267,7 +272,7 @@ impl OrderKernels for Cuda {
         }
         // Four warps to a block, a token to a warp.
         let token_blocks = if k == 0 { 0 } else { tokens.div_ceil(4).min(MAX_BLOCKS) };
-        let clear_blocks = count.div_ceil(128).clamp(1, 1024);
+        let clear_blocks = clear_blocks(count);
         let args = Args::new()
             .tensor(dy)
             .tensor(data)
@@ -279,7 +284,7 @@ impl OrderKernels for Cuda {
             .tensor(rows.row_token)
             .optional(limit)
             .size(count)
-            .size(token_blocks)
+            .size(clear_blocks)
             .tensor(d_rows)
             .tensor(d_weights);
         let shape = || format!("{dy:?} to {d_rows:?}, k = {k}");
@@ -344,14 +349,18 @@ impl OrderKernels for Cuda {
             .int(align as i32)
             .tensor(offsets)
             .tensor(starts);
-        // SAFETY: the kernel's parameters, of checked shapes; one block of 1024, as it asks.
-        unsafe { self.launch("index_layout", 1, 1024, 0, args, || format!("{loads:?}"))? };
+        let own = groups * num_experts <= OWN_LAYOUT;
+        if !own {
+            // SAFETY: the kernel's parameters, of checked shapes; one block of 1024, as it asks.
+            unsafe { self.launch("index_layout", 1, 1024, 0, args, || format!("{loads:?}"))? };
+        }
         let args = Args::new()
             .tensor(experts)
             .tensor(slots)
             .tensor(loads)
             .tensor(offsets)
             .tensor(starts)
+            .int(i32::from(own))
             .size(choices)
             .size(k.max(1))
             .size((choices / groups).max(1))
@@ -363,8 +372,9 @@ impl OrderKernels for Cuda {
             .tensor(out.index)
             .tensor(out.row_token)
             .tensor(out.row_weight);
-        // SAFETY: as above; it writes rows below `rows` only.
-        unsafe { self.elementwise("index_blocks", choices.max(rows), args) }
+        let (blocks, shared) = (self.blocks(choices.max(rows)), if own { num_experts * (groups + 1) + 1 } else { 0 });
+        // SAFETY: as above; it writes rows below `rows` only, and has the shared memory that it asks for.
+        unsafe { self.launch("index_blocks", blocks, THREADS, 4 * shared, args, || format!("{experts:?}")) }
     }
 }
 
@@ -373,10 +383,15 @@ fn blocks(items: usize) -> u32 {
     items.div_ceil(THREADS as usize).clamp(1, MAX_BLOCKS) as u32
 }
 
-/// 16-byte vectors of a row, as kernels that have a thread per vector count them; elements, where rows are not aligned,
-/// are walked by the grid.
-fn vectors(rows: &Tensor) -> usize {
-    rows.dim(1).div_ceil(16 / rows.dtype().size())
+/// Blocks that look for empty rows, 32 of `rows` at a time.
+fn clear_blocks(rows: usize) -> usize {
+    rows.div_ceil(32).clamp(1, 1 << 14)
+}
+
+/// Threads for a row cut into segments that a warp has, of `vectors` times 16 bytes for each of its lanes. Rows that are not
+/// aligned have shorter segments, which the kernels walk by the grid.
+fn segment_threads(rows: &Tensor, vectors: usize) -> usize {
+    32 * rows.dim(1).div_ceil(32 * vectors * 16 / rows.dtype().size())
 }
 
 /// Rows of a token to have in flight: its k, up to eight.

@@ -1,8 +1,12 @@
-//! Named ranges for profilers (NVTX): Nsight Systems shows them above the kernels.
+//! For profilers: named ranges (NVTX), which Nsight Systems shows above the kernels, and the part of a run to record.
 
 use std::sync::OnceLock;
 
+use cudarc::driver::Profiler;
 use cudarc::nvtx;
+
+use super::{Cuda, CudaError};
+use crate::error::Result;
 
 /// A range that a profiler shows; it ends when this goes.
 #[must_use = "the range ends when it is dropped"]
@@ -16,6 +20,28 @@ pub fn range(name: &str) -> Range {
     let present = *PRESENT.get_or_init(|| unsafe { nvtx::sys::is_culib_present() });
     // A name that ends early is no reason to stop.
     Range(present.then(|| nvtx::scoped_range(name.split('\0').next().unwrap_or_default())))
+}
+
+/// A part of a run that a profiler records; it ends when this goes.
+#[must_use = "the recording ends when it is dropped"]
+pub struct Recording(Profiler);
+
+impl std::fmt::Debug for Recording {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Recording")
+    }
+}
+
+impl Cuda {
+    /// What is issued from here on is recorded by a profiler that was told to wait for it, `ncu --profile-from-start off`
+    /// or `nsys profile -c cudaProfilerApi`; without one this does nothing.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn record_profile(&self) -> Result<Recording> {
+        self.bind()?;
+        Ok(Recording(Profiler::new().map_err(CudaError::driver("starting the profiler"))?))
+    }
 }
 
 #[cfg(test)]

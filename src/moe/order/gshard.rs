@@ -1,7 +1,7 @@
 //! GShard's dense order.
 
-use super::{check_tokens, padded, padded_start, refuse_dense, starts, weights};
-use crate::device::Lane;
+use super::{check_tokens, padded, refuse_dense, weights};
+use crate::device::{Lane, RowIndex};
 use crate::error::{Result, config_err};
 use crate::moe::{Assignment, Order, Routing, Rows, Saved, saved};
 use crate::tensor::{DType, Tensor};
@@ -32,8 +32,9 @@ impl Mask {
         let (index, by_row) = match &routing.assignment {
             Assignment::TokenChoice { experts, slots, .. } => {
                 let index = lane.empty(*experts.shape(), DType::I32)?;
-                let starts = starts(lane, routing, |g, e| padded_start(routing, g, e))?;
-                lane.row_index(experts, slots, &starts, &index)?;
+                let [row_token, row_weight] = [(); 2].map(|()| lane.empty([routing.padded_rows()], DType::I32));
+                let inverse = RowIndex { index: &index, row_token: &row_token?, row_weight: &row_weight? };
+                lane.padded_index(experts, slots, &routing.loads, routing.capacity, inverse)?;
                 (index, false)
             }
             Assignment::ExpertChoice { tokens, .. } => (tokens.reshape([routing.padded_rows(), 1])?, true),

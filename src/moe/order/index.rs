@@ -81,6 +81,11 @@ impl Index {
         Ok((index, Index { rows: list, offsets: None, row_token, row_weight, end: None }))
     }
 
+    /// The rows as (T, k): of a token choice.
+    fn choices(&self, tokens: usize) -> Result<Tensor> {
+        self.rows.reshape([tokens, self.rows.elements() / tokens.max(1)])
+    }
+
     fn kernels<'a>(&'a self, index: &'a Tensor) -> RowIndex<'a> {
         RowIndex { index, row_token: &self.row_token, row_weight: &self.row_weight }
     }
@@ -104,10 +109,7 @@ impl Index {
         let rows = lane.empty([self.row_token.elements(), x.dim(1)], x.dtype())?;
         match self.offsets {
             Some(_) => lane.gather_rows(x, &self.row_token, &rows)?,
-            None => {
-                let index = self.rows.reshape([x.dim(0), self.rows.elements() / x.dim(0).max(1)])?;
-                lane.dispatch_rows(x, &index, &self.row_token, self.end.as_ref(), &rows)?;
-            }
+            None => lane.dispatch_rows(x, &self.choices(x.dim(0))?, &self.row_token, self.end.as_ref(), &rows)?,
         }
         Ok(rows)
     }
@@ -157,15 +159,14 @@ impl Index {
         let weights = weights(order, routing)?;
         let n = self.rows.elements();
         let (d_rows, d_weights) = (lane.empty_like(rows)?, lane.empty_like(weights)?);
-        lane.combine_rows_backward(
-            dy,
-            rows,
-            &self.row_token,
-            &self.row_weight,
-            &weights.reshape([n])?,
-            &d_rows,
-            &d_weights.reshape([n])?,
-        )?;
+        let (flat, d_flat) = (weights.reshape([n])?, d_weights.reshape([n])?);
+        if self.offsets.is_some() {
+            let (tokens, choices) = (&self.row_token, &self.row_weight);
+            lane.combine_rows_backward(dy, rows, tokens, choices, &flat, &d_rows, &d_flat)?;
+        } else {
+            let index = self.choices(routing.tokens)?;
+            lane.combine_choices_backward(dy, rows, self.kernels(&index), &flat, self.end.as_ref(), &d_rows, &d_flat)?;
+        }
         Ok((d_rows, d_weights))
     }
 }

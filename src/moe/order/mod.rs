@@ -68,11 +68,6 @@ fn padded(routing: &Routing) -> RowSplit {
     RowSplit::Even { experts: routing.experts, each: routing.groups * routing.capacity }
 }
 
-/// The first row of group g and expert e in the padded layout.
-fn padded_start(routing: &Routing, g: usize, e: usize) -> usize {
-    (e * routing.groups + g) * routing.capacity
-}
-
 /// (G, E) i32 on the lane's device: `start(g, e)`.
 fn starts(lane: &Lane, routing: &Routing, start: impl Fn(usize, usize) -> usize) -> Result<Tensor> {
     let (groups, experts) = (routing.groups, routing.experts);

@@ -23,6 +23,17 @@ pub(super) fn seconds(lane: &Cuda, launch: &dyn Fn()) -> f64 {
     times[times.len() / 2]
 }
 
+/// The same of one of `n` launches in a CUDA graph, so without what the host takes to launch; they are given their number.
+pub(super) fn replayed_seconds(lane: &Cuda, n: usize, launch: &dyn Fn(usize)) -> f64 {
+    launch(0);
+    let all = || {
+        (0..n).for_each(launch);
+        Ok(())
+    };
+    let (graph, ()) = lane.capture(&[], all).unwrap();
+    seconds(lane, &|| graph.replay().unwrap()) / n as f64
+}
+
 #[test]
 #[ignore = "needs a CUDA device"]
 fn cuda_bandwidth_of_memory_bound_operations() {

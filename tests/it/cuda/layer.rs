@@ -20,7 +20,7 @@ fn lane() -> Lane {
 }
 
 /// Two of six experts in two routing groups, with a capacity that drops, and both losses weighted.
-fn config(gate: GateKind, order: OrderKind, expert: ExpertKind) -> MoeConfig {
+pub(super) fn config(gate: GateKind, order: OrderKind, expert: ExpertKind) -> MoeConfig {
     MoeConfig {
         gate,
         order,
@@ -76,7 +76,7 @@ fn results(lane: &Lane, layer: &MoeLayer, x: &Tensor, dy: &Tensor) -> (Vec<(Stri
 }
 
 /// Compares on tokens of which none is so near a tie that rounding decides; those of some seeds are.
-fn compare(what: &str, config: &MoeConfig, tokens: usize, dtype: DType) {
+pub(super) fn compare(what: &str, config: &MoeConfig, tokens: usize, dtype: DType) {
     let (cpu, gpu) = (Lane::cpu(), lane());
     let (on_gpu, on_cpu) = layers(config, dtype);
     let tolerance = if dtype == DType::F32 { 2e-5 } else { 3e-2 };

@@ -19,7 +19,10 @@ mod model;
 mod nccl;
 mod optim;
 mod order;
+mod ranks;
+mod replay;
 mod routing_times;
+mod sanitize;
 mod train;
 
 use std::path::{Path, PathBuf};

@@ -39,32 +39,34 @@ fn cuda_adamw_of_one_tensor() {
 #[ignore = "needs a CUDA device"]
 fn cuda_adamw_of_many_tensors_is_that_of_each() {
     let sizes: Vec<usize> = (0..70).map(|i| [1, 5, 16_384, 40_000, 7, 0, 20_001][i % 7]).collect();
-    for dtype in DTYPES {
-        let mut inputs = vec![acc([1], vec![0.5])];
-        inputs.extend(sizes.iter().enumerate().map(|(i, n)| data([n + 1], random(i as u64, n + 1))));
-        let mut outputs = vec![Out::Acc([AdamW::SCALARS].into())];
-        for (i, n) in sizes.iter().enumerate() {
-            outputs.extend(state(1000 + 10 * i as u64, *n));
-            outputs.push(Out::Data([*n].into()));
-        }
-        compare!("adamw of many tensors", dtype, inputs, outputs, |k, i, o| {
-            k.adamw_scalars(SETTINGS, &o[0])?;
-            let grads: Vec<Tensor> = (0..sizes.len())
-                .map(|n| i[n + 1].narrow(0, usize::from(n % 7 == 6), sizes[n]))
-                .collect::<fsmoe::Result<_>>()?;
-            let items: Vec<AdamWItem<'_>> = (0..sizes.len())
-                .map(|n| AdamWItem {
-                    weight_decay: if n % 3 == 0 { 0.0 } else { 0.1 },
-                    weight: &o[4 * n + 1],
-                    m: &o[4 * n + 2],
-                    v: &o[4 * n + 3],
-                    grad: &grads[n],
-                    copy: Some(&o[4 * n + 4]),
-                })
-                .collect();
-            k.adamw_many(SETTINGS, &o[0], &i[0], &items)
-        });
+    DTYPES.into_iter().for_each(|dtype| adamw_of_many(&sizes, dtype));
+}
+
+pub(super) fn adamw_of_many(sizes: &[usize], dtype: DType) {
+    let mut inputs = vec![acc([1], vec![0.5])];
+    inputs.extend(sizes.iter().enumerate().map(|(i, n)| data([n + 1], random(i as u64, n + 1))));
+    let mut outputs = vec![Out::Acc([AdamW::SCALARS].into())];
+    for (i, n) in sizes.iter().enumerate() {
+        outputs.extend(state(1000 + 10 * i as u64, *n));
+        outputs.push(Out::Data([*n].into()));
     }
+    compare!("adamw of many tensors", dtype, inputs, outputs, |k, i, o| {
+        k.adamw_scalars(SETTINGS, &o[0])?;
+        let grads: Vec<Tensor> = (0..sizes.len())
+            .map(|n| i[n + 1].narrow(0, usize::from(n % 7 == 6), sizes[n]))
+            .collect::<fsmoe::Result<_>>()?;
+        let items: Vec<AdamWItem<'_>> = (0..sizes.len())
+            .map(|n| AdamWItem {
+                weight_decay: if n % 3 == 0 { 0.0 } else { 0.1 },
+                weight: &o[4 * n + 1],
+                m: &o[4 * n + 2],
+                v: &o[4 * n + 3],
+                grad: &grads[n],
+                copy: Some(&o[4 * n + 4]),
+            })
+            .collect();
+        k.adamw_many(SETTINGS, &o[0], &i[0], &items)
+    });
 }
 
 #[test]
@@ -146,19 +148,21 @@ fn cuda_a_captured_adamw_takes_each_steps_numbers() {
 #[ignore = "needs a CUDA device"]
 fn cuda_sums_of_squares_of_many_tensors() {
     let sizes: Vec<usize> = (0..140).map(|i| [3, 0, 16_384, 1, 33_333, 17, 1000][i % 7]).collect();
-    for dtype in DTYPES {
-        let inputs: Vec<In> = sizes.iter().enumerate().map(|(i, n)| data([n + 1], random(i as u64, n + 1))).collect();
-        compare!("sum of squares", dtype, inputs, [Out::Add(acc([1], vec![3.0]))], |k, i, o| {
-            // Every fifth off its boundary.
-            let views: Vec<Tensor> = (0..sizes.len())
-                .map(|n| i[n].narrow(0, usize::from(n % 5 == 0), sizes[n]))
-                .collect::<fsmoe::Result<_>>()?;
-            k.sum_squares_many(&views.iter().collect::<Vec<_>>(), &o[0])
-        });
-        compare!("no squares", dtype, [data([0], vec![])], [Out::Add(acc([1], vec![3.0]))], |k, i, o| {
-            k.sum_squares_many(&[&i[0]], &o[0])
-        });
-    }
+    DTYPES.into_iter().for_each(|dtype| squares_of_many(&sizes, dtype));
+}
+
+pub(super) fn squares_of_many(sizes: &[usize], dtype: DType) {
+    let inputs: Vec<In> = sizes.iter().enumerate().map(|(i, n)| data([n + 1], random(i as u64, n + 1))).collect();
+    compare!("sum of squares", dtype, inputs, [Out::Add(acc([1], vec![3.0]))], |k, i, o| {
+        // Every fifth off its boundary.
+        let views: Vec<Tensor> = (0..sizes.len())
+            .map(|n| i[n].narrow(0, usize::from(n % 5 == 0), sizes[n]))
+            .collect::<fsmoe::Result<_>>()?;
+        k.sum_squares_many(&views.iter().collect::<Vec<_>>(), &o[0])
+    });
+    compare!("no squares", dtype, [data([0], vec![])], [Out::Add(acc([1], vec![3.0]))], |k, i, o| {
+        k.sum_squares_many(&[&i[0]], &o[0])
+    });
 }
 
 #[test]

@@ -1,13 +1,19 @@
 //! Prints what routing takes, and the bandwidth that moving rows reaches, counting the bytes that must move at least.
 
+use std::sync::Arc;
+
+use fsmoe::autograd::Init;
 use fsmoe::device::cuda::Cuda;
 use fsmoe::device::{
-    ChoiceRule, Chosen, ChosenGrad, GateKernels, MemoryKernels, OrderKernels, RowIndex, Score, Slots, block_rows,
+    ChoiceRule, Chosen, ChosenGrad, GateKernels, Lane, LaneKind, MemoryKernels, OrderKernels, RowIndex, Score, Slots,
+    block_rows,
 };
+use fsmoe::moe::gate::{self, GateKind};
+use fsmoe::moe::{Assignment, Capacity, GateContext, MoeConfig, StepContext};
 use fsmoe::rng::{Counter, Purpose};
 use fsmoe::tensor::{DType, Tensor};
 
-use super::bandwidth::seconds;
+use super::bandwidth::{replayed_seconds, seconds};
 use super::support::gpu;
 
 const F32: DType = DType::F32;
@@ -108,7 +114,10 @@ fn random(lane: &Cuda, shape: &[usize], dtype: DType) -> Tensor {
 #[ignore = "needs a CUDA device"]
 fn cuda_times_of_routing() {
     let lane = gpu().fork().unwrap();
-    let report = |what: &str, launch: &dyn Fn()| println!("{what:56} {:9.1} us", seconds(&lane, launch) * 1e6);
+    let report = |what: &str, launch: &dyn Fn()| {
+        let replayed = replayed_seconds(&lane, 1, &|_| launch());
+        println!("{what:60} {:9.1} us, as a graph {:9.1} us", seconds(&lane, launch) * 1e6, replayed * 1e6);
+    };
     for (tokens, e, k) in
         [(32768, 128, 8), (16384, 128, 8), (8192, 8, 2), (8192, 2, 2), (32768, 256, 8), (8192, 1024, 16)]
     {
@@ -128,6 +137,7 @@ fn cuda_times_of_routing() {
             report(&format!("{shape}: gradient of the logits, {dtype}"), &|| b.backward(&d_weights, &d_logits));
         }
     }
+    x_moe(&lane, &report);
     for (tokens, e, capacity) in [(32768, 128, 2048), (131_072, 128, 8192), (8192, 8, 2048)] {
         let probs = random(&lane, &[tokens, e], F32);
         let chosen = lane.alloc([e, capacity].into(), DType::I32).unwrap();
@@ -144,6 +154,34 @@ fn cuda_times_of_routing() {
     }
 }
 
+/// X-MoE's gate, from bf16 tokens to the complete routing.
+fn x_moe(cuda: &Cuda, report: &dyn Fn(&str, &dyn Fn())) {
+    let (tokens, hidden, e, k) = (32768, 4096, 128, 8);
+    let lane = Lane::new(Arc::new(cuda.clone()), LaneKind::Compute);
+    let config =
+        MoeConfig { gate: GateKind::XMoe, experts: e, top_k: k, hidden, x_moe_dim: 64, ..MoeConfig::default() };
+    let gate = gate::build(&Init::new(&lane, DType::BF16, 3), &config).unwrap();
+    let context = GateContext {
+        lane: &lane,
+        groups: 1,
+        capacity: Capacity::Dropless,
+        exact_capacity: false,
+        step: StepContext { train: true, seed: 1, step: 0, first_token: 0 },
+        ranks: None,
+    };
+    let x = random(cuda, &[tokens, hidden], DType::BF16);
+    let b = Bench::new(cuda, tokens, e, k);
+    let what = format!("X-MoE, ({tokens}, {hidden}) to 64, E = {e}, k = {k}");
+    report(&format!("{what}: the complete routing"), &|| {
+        let (routing, _) = gate.forward(&context, &x).unwrap();
+        let Assignment::TokenChoice { experts, slots, .. } = &routing.assignment else {
+            panic!("a choice of tokens");
+        };
+        cuda.block_index(experts, slots, &routing.loads, tokens, ALIGN, &b.offsets, &b.starts, b.rows()).unwrap();
+    });
+}
+
+/// As graphs of several launches on several sets of tensors, so that no cache has what a launch reads.
 #[test]
 #[ignore = "needs a CUDA device"]
 fn cuda_bandwidth_of_moving_rows() {
@@ -155,41 +193,35 @@ fn cuda_bandwidth_of_moving_rows() {
         b.choose(Score::Softmax, false);
         b.place();
         let count = b.row_token.elements();
-        let bf16 = |shape: [usize; 2]| random(&lane, &shape, DType::BF16);
-        let (x, rows, d_rows) = (bf16([tokens, width]), bf16([count, width]), bf16([count, width]));
-        let out = lane.alloc([tokens, width].into(), DType::BF16).unwrap();
+        // A token's row, and those of its choices: bytes of what must move.
+        let (token, choices) = (2 * tokens * width, 2 * tokens * k * width);
+        let sets = ((400 << 20) / (token + choices)).clamp(1, 8);
+        let bf16 =
+            |shape: [usize; 2]| -> Vec<Tensor> { (0..sets).map(|_| random(&lane, &shape, DType::BF16)).collect() };
+        let (x, out) = (bf16([tokens, width]), bf16([tokens, width]));
+        let (rows, d_rows) = (bf16([count, width]), bf16([count, width]));
         let limit = b.offsets.narrow(0, e, 1).unwrap();
         let (flat, weights) = (b.index.reshape([tokens * k]).unwrap(), b.weights.reshape([tokens * k]).unwrap());
         let d_weights = lane.alloc([tokens * k].into(), F32).unwrap();
-        // A token's row, and those of its choices: bytes of what must move.
-        let (token, choices) = (2 * tokens * width, 2 * tokens * k * width);
-        let report = |what: &str, bytes: usize, launch: &dyn Fn()| {
-            let seconds = seconds(&lane, launch);
+        let report = |what: &str, bytes: usize, launch: &dyn Fn(usize)| {
+            let seconds = replayed_seconds(&lane, 8, &|n| launch(n % sets));
             let shape = format!("({tokens}, {width}), k = {k}: {what}");
             println!("{shape:56} {:9.1} us {:8.1} GB/s", seconds * 1e6, bytes as f64 / seconds / 1e9);
         };
-        report("copy", 2 * choices, &|| lane.copy(&rows, &d_rows).unwrap());
-        report("dispatch", token + choices, &|| {
-            lane.dispatch_rows(&x, &b.index, &b.row_token, Some(&limit), &rows).unwrap();
+        let used = |t: &Tensor| t.narrow(0, 0, tokens * k).unwrap();
+        report("copy", 2 * choices, &|n| lane.copy(&used(&rows[n]), &used(&d_rows[n])).unwrap());
+        report("dispatch", token + choices, &|n| {
+            lane.dispatch_rows(&x[n], &b.index, &b.row_token, Some(&limit), &rows[n]).unwrap();
         });
-        report("dispatch by rows", token + choices, &|| {
-            lane.gather_rows_below(&x, &b.row_token, &limit, &rows).unwrap();
+        report("combine", token + choices, &|n| {
+            lane.combine_rows(&rows[n], &flat, None, Some(&weights), &out[n]).unwrap();
         });
-        report("combine", token + choices, &|| {
-            lane.combine_rows(&rows, &flat, None, Some(&weights), &out).unwrap();
+        report("combine's backward", token + 2 * choices, &|n| {
+            let (x, rows, d_rows) = (&x[n], &rows[n], &d_rows[n]);
+            lane.combine_choices_backward(x, rows, b.rows(), &weights, Some(&limit), d_rows, &d_weights).unwrap();
         });
-        report("combine backward", token + 2 * choices, &|| {
-            lane.combine_choices_backward(&x, &rows, b.rows(), &weights, Some(&limit), &d_rows, &d_weights).unwrap();
-        });
-        report("combine backward by rows", token + 2 * choices, &|| {
-            lane.combine_rows_backward(&x, &rows, &b.row_token, &b.row_weight, &weights, &d_rows, &d_weights).unwrap();
-        });
-        report("dispatch backward", token + choices, &|| {
-            lane.combine_rows(&d_rows, &flat, None, None, &out).unwrap();
-        });
-        report("gather of scalars", 12 * count, &|| {
-            let by_row = lane.alloc([count].into(), F32).unwrap();
-            lane.gather_scalars(&weights, &b.row_weight, &by_row).unwrap();
+        report("dispatch's backward", token + choices, &|n| {
+            lane.combine_rows(&d_rows[n], &flat, None, None, &out[n]).unwrap();
         });
     }
 }

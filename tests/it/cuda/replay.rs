@@ -1,0 +1,142 @@
+//! Layers as CUDA graphs: with a fixed capacity forward and backward are captured, whatever the gate and the order.
+
+use std::sync::Arc;
+
+use fsmoe::Result;
+use fsmoe::autograd::{Init, Parameter, Tape};
+use fsmoe::bench::layer::LayerShape;
+use fsmoe::device::cuda::Cuda;
+use fsmoe::device::{Lane, LaneKind};
+use fsmoe::moe::expert::ExpertKind;
+use fsmoe::moe::gate::GateKind;
+use fsmoe::moe::order::OrderKind;
+use fsmoe::moe::{Capacity, MoeConfig, MoeLayer, StepContext};
+use fsmoe::tensor::{DType, Tensor};
+
+use super::layer::config;
+use super::support::{bytes, gpu};
+use crate::support::uniform;
+
+const STEP: StepContext = StepContext { train: true, seed: 7, step: 3, first_token: 0 };
+
+/// A layer in bf16 on a lane of its own: what another thread issued on it would be captured too.
+struct Subject {
+    cuda: Cuda,
+    lane: Lane,
+    layer: MoeLayer,
+    parameters: Vec<Parameter>,
+    x: Tensor,
+    dy: Tensor,
+}
+
+impl Subject {
+    fn new(config: &MoeConfig, tokens: usize) -> Self {
+        let cuda = gpu().fork().unwrap();
+        let lane = Lane::new(Arc::new(cuda.clone()), LaneKind::Compute);
+        let layer = MoeLayer::new(&Init::new(&lane, DType::BF16, 11), config).unwrap();
+        let [x, dy] = [1, 2].map(|seed| draw(&lane, seed, [tokens, config.hidden]));
+        Subject { parameters: layer.parameters(), cuda, lane, layer, x, dy }
+    }
+
+    /// y, the auxiliary loss and dx; the parameters' gradients lie in the parameters.
+    fn run(&self) -> Result<Vec<Tensor>> {
+        self.parameters.iter().for_each(Parameter::zero_grad);
+        let tape = Tape::new(&self.lane);
+        let x = tape.leaf(self.x.clone());
+        let out = self.layer.forward(&tape, &x, STEP)?;
+        let one = self.lane.full([1], out.aux_loss.value().dtype(), 1.0)?;
+        let grads = tape.backward(&[(&out.y, self.dy.clone()), (&out.aux_loss, one)])?;
+        Ok(vec![out.y.value().clone(), out.aux_loss.value().clone(), grads.get(&x).unwrap().clone()])
+    }
+
+    /// The bytes of everything that a run gives.
+    fn results(&self, outputs: &[Tensor]) -> Vec<Vec<u8>> {
+        let grads = self.parameters.iter().map(|p| p.grad().clone());
+        outputs.iter().cloned().chain(grads).map(|t| bytes(&self.lane.to_host(&t).unwrap())).collect()
+    }
+}
+
+fn draw(lane: &Lane, seed: u64, shape: [usize; 2]) -> Tensor {
+    let values = Tensor::from_slice(&uniform(seed, shape[0] * shape[1]), shape).unwrap();
+    lane.to_device(&Lane::cpu().cast(&values, DType::BF16).unwrap()).unwrap()
+}
+
+/// A graph's replays give the bits of eager runs, on the tokens that it was captured with and on others.
+pub(super) fn replays_with_the_same_bits(what: &str, config: &MoeConfig, tokens: usize) {
+    let s = Subject::new(config, tokens);
+    let eager = s.results(&s.run().unwrap());
+    let (graph, outputs) = s.cuda.capture(&[], || s.run()).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let replay = || {
+        let grads = s.parameters.iter().map(|p| p.grad().clone());
+        outputs.iter().cloned().chain(grads).for_each(|t| s.lane.fill(&t, f64::NAN).unwrap());
+        graph.replay().unwrap();
+        s.results(&outputs)
+    };
+    assert!(replay() == eager, "{what}: a replay gives other bits than an eager run");
+    s.lane.copy(&draw(&s.lane, 3, [tokens, config.hidden]), &s.x).unwrap();
+    let others = replay();
+    assert!(others != eager && others == s.results(&s.run().unwrap()), "{what}: on other tokens");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn cuda_layers_of_every_order_are_captured() {
+    for &gate in GateKind::ALL {
+        for &order in OrderKind::ALL {
+            for &expert in ExpertKind::ALL {
+                let config = config(gate, order, expert);
+                if config.validate().is_ok() {
+                    replays_with_the_same_bits(&format!("{gate}, {order}, {expert}"), &config, 64);
+                }
+            }
+        }
+    }
+}
+
+/// Prints what a replay takes, then replays once more for a profiler, which adds up what its kernels take:
+/// `scripts/replay.sh`.
+fn time(shape: &str) {
+    let shape: LayerShape = shape.parse().unwrap();
+    let config = MoeConfig {
+        order: OrderKind::Ragged,
+        expert: shape.expert,
+        experts: shape.experts,
+        top_k: shape.top_k,
+        hidden: shape.hidden,
+        ffn: shape.ffn,
+        capacity: Capacity::Dropless,
+        ..MoeConfig::default()
+    };
+    let s = Subject::new(&config, shape.tokens);
+    s.run().unwrap();
+    let (graph, _outputs) = s.cuda.capture(&[], || s.run()).unwrap();
+    let (start, end) = (s.cuda.timer().unwrap(), s.cuda.timer().unwrap());
+    let mut times: Vec<f64> = (0..24)
+        .map(|_| {
+            s.cuda.record(&start).unwrap();
+            graph.replay().unwrap();
+            s.cuda.record(&end).unwrap();
+            // A card at work without a pause lowers its clocks; a profiler, which measures kernels one by one, lets it rest.
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            start.elapsed_ms(&end).unwrap() * 1e3
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    println!("{}: a replay takes {:.1} us", shape.name, times[times.len() / 2]);
+    let recording = s.cuda.record_profile().unwrap();
+    graph.replay().unwrap();
+    s.cuda.synchronize().unwrap();
+    drop(recording);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn cuda_time_of_a_replay_gpt2xl() {
+    time("gpt2xl_moe_T8k");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn cuda_time_of_a_replay_qwen3() {
+    time("qwen3_30b_T16k");
+}
