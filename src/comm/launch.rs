@@ -253,13 +253,9 @@ mod tests {
         assert_eq!(with(&[]), None);
         assert_eq!(with(&[("MASTER_ADDR", "::1"), ("MASTER_PORT", "8")]).as_deref(), Some("[::1]:9"));
         assert_eq!(with(&[("NCCL_COMM_ID", "a:70"), ("MASTER_ADDR", "b")]).as_deref(), Some("a:71"));
-        for (list, first) in [
-            ("n1", "n1"),
-            ("n1,n2", "n1"),
-            ("n[07,9-12]", "n07"),
-            ("r[1-2]-ib,x", "r1-ib"),
-            ("a,n[1-2]", "a"),
-        ] {
+        for (list, first) in
+            [("n1", "n1"), ("n1,n2", "n1"), ("n[07,9-12]", "n07"), ("r[1-2]-ib,x", "r1-ib"), ("a,n[1-2]", "a")]
+        {
             assert_eq!(first_host(list).as_deref(), Some(first), "{list}");
         }
         assert_eq!((first_host(""), first_host("n[1")), (None, None));

@@ -61,7 +61,7 @@ impl WorldConfig {
         let experts = model.moe.experts;
         let fits = |ep: &usize| ranks.is_multiple_of(ep * esp) && experts.is_multiple_of(*ep);
         let ep = settings.ep.unwrap_or_else(|| (1..=ranks).rev().find(fits).unwrap_or(1));
-        let dp = settings.dp.unwrap_or(ranks / mp.max(1));
+        let dp = settings.dp.unwrap_or((ranks / mp.max(1)).max(1));
         let sizes = Sizes { ranks, nodes: settings.nodes.unwrap_or(1), dp, mp, ep, esp };
         Topology::new(sizes)?;
         if !experts.is_multiple_of(ep) {

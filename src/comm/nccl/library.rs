@@ -86,7 +86,8 @@ impl Library {
             false => unsafe { CStr::from_ptr(chars) }.to_string_lossy().trim().to_owned(),
         };
         // SAFETY: any status has a text; no communicator is needed to ask for the last complaint.
-        let (what, last) = unsafe { (text((self.error_string)(status)), text((self.last_error)(std::ptr::null_mut()))) };
+        let (what, last) =
+            unsafe { (text((self.error_string)(status)), text((self.last_error)(std::ptr::null_mut()))) };
         if last.is_empty() { what } else { format!("{what} ({last})") }
     }
 }

@@ -17,10 +17,10 @@ mod group;
 mod library;
 mod watch;
 
+use super::Communicator;
 use super::launch::Launch;
 use super::local::said;
 use super::rendezvous::Rendezvous;
-use super::Communicator;
 use crate::device::{Lane, cuda};
 use crate::error::{Error, Result, config_err};
 use group::{Group, World, own_lane};
@@ -75,7 +75,7 @@ pub fn gpu(launch: &Launch, share: bool) -> Result<usize> {
 }
 
 /// Meets the other processes of a run, and calls `f` with this rank's end of the world and its compute lane. When `f` fails
-/// or panics, every other rank's process ends.
+/// or panics, every other rank's process ends. What `f` was given is of no use after it.
 ///
 /// A rank that waits too long, or hears that another has failed, ends its process as the [module](self) says; so does one
 /// whose `f` has failed, if the process goes on for longer than the rest of the timeout.
@@ -94,7 +94,9 @@ pub fn run<T>(
         config_err!("{n} CTAs for a collective: NCCL takes 1 to 64");
     }
     let Some(address) = options.rendezvous.as_ref().or(launch.address.as_ref()) else {
-        config_err!("{launch}: it does not say where ranks meet: --rendezvous HOST:PORT, a free port on the host of rank 0");
+        config_err!(
+            "{launch}: it does not say where ranks meet: --rendezvous HOST:PORT, a free port on the host of rank 0"
+        );
     };
     let library = Library::get()?;
     let ordinal = gpu(launch, share_gpu)?;
@@ -128,7 +130,10 @@ pub fn run<T>(
             watch.over();
             control.leave();
         }
-        Err(e) => watch.fail(&format!("rank {} failed: {e}", launch.rank)),
+        Err(e) => {
+            watch.fail(&format!("rank {} failed: {e}", launch.rank));
+            watch.wait_for_end();
+        }
     }
     result
 }

@@ -61,6 +61,10 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        // Where a world is watched, its communicators end with it: others may still be waiting in this one.
+        if self.watch.timeout.is_some() {
+            return;
+        }
         let failed = {
             let mut state = self.watch.lock();
             state.comms.retain(|c| c.raw.0 != self.raw);
@@ -68,9 +72,8 @@ impl Drop for Handle {
         };
         // What has failed has been aborted, which frees it.
         if self.owned && !failed {
-            let library = self.watch.library;
             // SAFETY: nobody else has it any more.
-            self.watch.during(|| "the end of a communicator".to_owned(), || unsafe { (library.destroy)(self.raw) });
+            unsafe { (self.watch.library.destroy)(self.raw) };
         }
     }
 }
@@ -120,6 +123,8 @@ struct State {
     failure: Option<String>,
     /// When the process is to have ended.
     end: Option<Instant>,
+    /// The watchdog has said why the process ends.
+    told: bool,
     /// The world has ended in good order.
     over: bool,
 }
@@ -225,7 +230,7 @@ impl Watch {
     /// Ends everything: this rank's calls from here on fail with `reason`, the other ranks hear of it, and NCCL gives up
     /// what it has pending.
     pub(super) fn fail(&self, reason: &str) {
-        if self.doom(reason) {
+        if self.doom(reason, false) {
             if let Some(control) = &self.control {
                 control.fail(reason);
             }
@@ -233,13 +238,13 @@ impl Watch {
         }
     }
 
-    /// Sets the end of this process; whether it was not set before.
-    fn doom(&self, reason: &str) -> bool {
+    /// Sets the end of this process; whether it was not set before. `told` where the watchdog says why.
+    fn doom(&self, reason: &str, told: bool) -> bool {
         let mut state = self.lock();
         if state.failure.is_some() {
             return false;
         }
-        state.failure = Some(reason.to_owned());
+        (state.failure, state.told) = (Some(reason.to_owned()), told);
         state.end = self.timeout.map(|timeout| Instant::now() + grace(timeout));
         self.changed.notify_all();
         true
@@ -253,10 +258,26 @@ impl Watch {
         }
     }
 
-    /// The world ends in good order.
+    /// The world ends in good order, on all ranks: nobody has one of its communicators any more, nor waits in one.
     pub(super) fn over(&self) {
+        let comms = {
+            let mut state = self.lock();
+            state.failure = Some("the world of ranks has ended".to_owned());
+            std::mem::take(&mut state.comms)
+        };
+        for comm in comms.iter().filter(|c| c.owned) {
+            // SAFETY: as the caller says.
+            self.during(|| "the end of a communicator".to_owned(), || unsafe { (self.library.destroy)(comm.raw.0) });
+        }
         self.lock().over = true;
         self.changed.notify_all();
+    }
+
+    /// Waits for the end of the process, if the watchdog has said why it ends: there is nothing to add to that.
+    pub(super) fn wait_for_end(&self) {
+        while self.lock().told {
+            thread::sleep(POLL);
+        }
     }
 
     /// The watchdog's own life.
@@ -349,18 +370,21 @@ impl Watch {
     /// Says what was waited for, aborts, and ends the process.
     fn end(&self, reason: &str, waiting: &[(String, Instant)]) {
         let mut text = format!("rank {}: {reason}", self.rank);
-        for (what, since) in waiting {
-            text += &format!("; it has waited for {:.1} s in {what}", since.elapsed().as_secs_f64());
+        let mut waiting: Vec<_> = waiting.iter().collect();
+        waiting.sort_by_key(|(_, since)| *since);
+        for (i, (what, since)) in waiting.iter().enumerate() {
+            let verb = if i == 0 { "; this rank has waited" } else { ", and" };
+            text += &format!("{verb} for {:.1} s in {what}", since.elapsed().as_secs_f64());
         }
         if waiting.is_empty() {
-            text += "; it waited in no collective";
+            text += "; this rank waited in no collective";
         }
-        if !self.doom(&text) {
+        if !self.doom(&text, true) {
             return;
         }
         eprintln!("error: {text}");
         if let Some(control) = &self.control {
-            control.fail(&text);
+            control.fail(&format!("rank {} gave up: {reason}", self.rank));
         }
         // Aborting may itself wait for what does not come.
         let (done, aborted) = std::sync::mpsc::channel();

@@ -122,9 +122,11 @@ fn value(rank: usize, i: usize) -> f64 {
 }
 
 fn tensor(lane: &Lane, dtype: DType, values: &[f64]) -> Result<Tensor> {
-    let values: Vec<i32> = values.iter().map(|v| *v as i32).collect();
-    let host = Tensor::from_slice(&values, [values.len()])?;
-    lane.to_device(&Lane::cpu().cast(&host, dtype)?)
+    let host = match dtype {
+        DType::I32 => Tensor::from_slice(&values.iter().map(|v| *v as i32).collect::<Vec<_>>(), [values.len()])?,
+        _ => Lane::cpu().cast(&Tensor::from_slice(values, [values.len()])?, dtype)?,
+    };
+    lane.to_device(&host)
 }
 
 /// Element i of rank `rank`'s tensors, `n` of them.
@@ -134,7 +136,11 @@ fn of_rank(rank: usize, n: usize) -> Vec<f64> {
 
 #[track_caller]
 fn assert_is(lane: &Lane, what: &str, t: &Tensor, right: &[f64]) -> Result<()> {
-    let got: Vec<f64> = Lane::cpu().cast(&lane.to_host(t)?, DType::F64)?.to_vec()?;
+    let host = lane.to_host(t)?;
+    let got: Vec<f64> = match t.dtype() {
+        DType::I32 => host.to_vec::<i32>()?.into_iter().map(f64::from).collect(),
+        _ => Lane::cpu().cast(&host, DType::F64)?.to_vec()?,
+    };
     assert_eq!(got, right, "{what} of {}", t.dtype());
     Ok(())
 }
