@@ -335,10 +335,10 @@ impl Watch {
             // A device that has failed says so to whoever uses it next.
             let done = pending.iter().take_while(|p| p.ended.is_done().unwrap_or(false)).count();
             free.extend(pending.drain(..done).flat_map(|p| [p.started, p.ended]));
-            if let Some(first) = pending.front_mut() {
-                if first.started.is_done().unwrap_or(false) {
-                    waiting.push((first.what.to_string(), *first.since.get_or_insert(now)));
-                }
+            if let Some(first) = pending.front_mut()
+                && first.started.is_done().unwrap_or(false)
+            {
+                waiting.push((first.what.to_string(), *first.since.get_or_insert(now)));
             }
         }
         let mut state = self.lock();

@@ -7,8 +7,10 @@ fn place(world: usize) -> Rendezvous {
     Rendezvous { address, rank: 0, world, job: "j".to_owned(), timeout: Duration::from_secs(10), agree }
 }
 
+type Came = Result<(Vec<u8>, Arc<Control>)>;
+
 /// What came of it on every rank, and the longest that it took.
-fn all(ranks: Vec<Rendezvous>) -> (Vec<Result<(Vec<u8>, Arc<Control>)>>, Duration) {
+fn all(ranks: Vec<Rendezvous>) -> (Vec<Came>, Duration) {
     let begin = Instant::now();
     let came = thread::scope(|scope| {
         let meet = |r: Rendezvous| scope.spawn(move || r.meet(|| Ok(vec![7, 0, 255])));
