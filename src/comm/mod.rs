@@ -31,7 +31,7 @@ use std::sync::Arc;
 ///   A communicator is used on one lane only: two lanes that need the same group take a communicator each.
 /// - Tensors are contiguous and lie where the lane computes; an output shares no memory with an input.
 /// - Sums run over the group's ranks in ascending order, 16-bit data in f32, rounded once: the same inputs give the same
-///   bits, and every rank gets the same ones.
+///   bits, and every rank gets the same ones. ([`nccl`] sums in an order of its own: see there.)
 /// - Shapes and dtypes are checked. An error names the collective, the group and the value. After an error the group is
 ///   of no more use: what its other ranks have pending, or call later, ends with an error too.
 pub trait Communicator: Send + Sync {
