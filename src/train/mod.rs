@@ -20,6 +20,6 @@ pub use config::{Settings, TrainConfig};
 pub use memory::MemoryEstimate;
 pub use optimizer::{Optimizer, OptimizerConfig, SumOverExperts};
 pub use run::{Metrics, RunDir};
-pub use session::{Request, train};
+pub use session::{Request, train, train_rank};
 pub use trainer::{StepOutcome, Trainer};
 pub use world::{CommKind, WorldConfig};

@@ -237,7 +237,8 @@ impl Cuda {
         Ok(())
     }
 
-    pub(super) fn bind(&self) -> Result<()> {
+    /// Makes the GPU's context the calling thread's.
+    pub(crate) fn bind(&self) -> Result<()> {
         self.0.context.bind_to_thread().map_err(CudaError::driver("making the GPU's context current"))?;
         Ok(())
     }
