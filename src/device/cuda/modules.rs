@@ -246,7 +246,9 @@ fn unit_of(function: &str) -> Result<usize, CudaError> {
     built::UNITS
         .iter()
         .enumerate()
-        .filter(|(_, (name, _))| function.strip_prefix(file(name)).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
+        .filter(|(_, (name, _))| {
+            function.strip_prefix(file(name)).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+        })
         .max_by_key(|(_, (name, _))| file(name).len())
         .map(|(index, _)| index)
         .ok_or_else(|| CudaError::NoKernelFile { name: function.into(), files: unit_names() })
