@@ -72,6 +72,12 @@ impl Cuda {
         Self::on(self.0.context.clone(), self.0.modules.clone(), share)
     }
 
+    /// Its share of the GPU.
+    #[must_use]
+    pub fn share(&self) -> Share {
+        self.0.share
+    }
+
     /// The multiprocessors that grids are sized for.
     #[must_use]
     pub fn multiprocessors(&self) -> u32 {
