@@ -10,7 +10,7 @@
 //! |---|---|
 //! | [`tensor`] | `DType`, `Shape`, `Layout`, `Storage`, `Tensor`; no arithmetic |
 //! | [`device`] | lanes, the [`Kernels`](device::Kernels) traits (every primitive operation), and what implements them: [`cpu`](device::cpu), the specification, and [`cuda`](device::cuda), the only place that names the CUDA driver |
-//! | [`comm`] | collectives among ranks, the groups that ranks are divided into, all-to-all algorithms; [`local`](comm::local), ranks as threads |
+//! | [`comm`] | collectives among ranks, the groups that ranks are divided into, all-to-all algorithms; [`local`](comm::local), ranks as threads, on the CPU or sharing a GPU; [`nccl`](comm::nccl), ranks as processes, which [meet](comm::rendezvous) first |
 //! | [`engine`] | `TaskGraph`, its executors (threads, a device's queues, the simulator), `Timeline`; knows nothing of MoE |
 //! | [`schedule`] | pure planning, for the ranks and groups that `comm` describes: costs and their fit, profiles, policies, the planner, plans and their graphs |
 //! | [`autograd`] | the tape, `Var`, parameters, and the differentiable operations over `Kernels` |
@@ -26,7 +26,7 @@
 //! and `src/cli/`, the command, one file per subcommand; `tests/it/`, the integration tests, and `tests/golden/`, values
 //! of independent implementations with the scripts that made them; `benches/`; `examples/`, modules written outside the
 //! crate; `profiles/`, measured costs of clusters; `docs/`, the reasoning and the figures; `scripts/`, the pinned CUDA
-//! compiler and the package for GPU hosts.
+//! compiler, the package for GPU hosts, and what measures and checks there.
 //!
 //! # A layer by hand
 //!

@@ -2,7 +2,7 @@
 
 use super::write_out;
 use fsmoe::Result;
-use fsmoe::train::{Request, Settings, train};
+use fsmoe::train::{Request, Settings, train_rank};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -30,7 +30,8 @@ impl Args {
             None => self.settings,
         };
         let json = self.json.then(|| Box::new(std::io::stdout()) as Box<dyn std::io::Write + Send>);
-        let summary = train(Request { settings, resume: self.resume, json })?;
+        // The first rank speaks.
+        let Some(summary) = train_rank(Request { settings, resume: self.resume, json })? else { return Ok(()) };
         if self.json {
             eprint!("{summary}");
             Ok(())

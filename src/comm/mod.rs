@@ -1,12 +1,15 @@
 //! Collectives among ranks: what a communicator offers, how ranks are divided into groups, and all-to-all algorithms.
 //!
 //! A collective is called by every rank of its group, in the same order on all of them, with the same sizes and dtype.
-//! [`local`] has ranks as threads of one process, on the CPU or sharing a GPU.
+//! [`local`] has ranks as threads of one process, on the CPU or sharing a GPU; [`nccl`] as processes with a GPU each.
 
 mod all_to_all;
 mod check;
 mod groups;
+pub mod launch;
 pub mod local;
+pub mod nccl;
+pub mod rendezvous;
 mod topology;
 
 pub use all_to_all::{
@@ -28,7 +31,7 @@ use std::sync::Arc;
 ///   A communicator is used on one lane only: two lanes that need the same group take a communicator each.
 /// - Tensors are contiguous and lie where the lane computes; an output shares no memory with an input.
 /// - Sums run over the group's ranks in ascending order, 16-bit data in f32, rounded once: the same inputs give the same
-///   bits, and every rank gets the same ones.
+///   bits, and every rank gets the same ones. ([`nccl`] sums in an order of its own: see there.)
 /// - Shapes and dtypes are checked. An error names the collective, the group and the value. After an error the group is
 ///   of no more use: what its other ranks have pending, or call later, ends with an error too.
 pub trait Communicator: Send + Sync {

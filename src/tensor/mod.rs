@@ -1,6 +1,7 @@
 //! Tensors: typed, strided views of storage. There is no arithmetic here; that is [`crate::device`]'s.
 
 mod dtype;
+mod host;
 mod layout;
 mod storage;
 

@@ -1,6 +1,6 @@
 //! Storage: a stretch of memory on some device, owned or borrowed.
 
-use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use super::host::HostBlock;
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -43,7 +43,7 @@ unsafe impl Send for Storage {}
 unsafe impl Sync for Storage {}
 
 impl Storage {
-    /// New host memory, 64-byte aligned. Zeroed memory comes from the system's zero pages and costs nothing up front.
+    /// New host memory, 64-byte aligned: what a storage that went has left, where one of the size has.
     pub fn host(bytes: usize, zeroed: bool) -> Self {
         let block = HostBlock::new(bytes, zeroed);
         Storage { ptr: block.ptr, bytes, place: Place::Cpu, owner: Arc::new(block) }
@@ -81,35 +81,5 @@ impl Storage {
 impl fmt::Debug for Storage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Storage({} bytes on {})", self.bytes, self.place)
-    }
-}
-
-struct HostBlock {
-    ptr: *mut u8,
-    layout: Layout,
-}
-
-// SAFETY: the block owns its allocation; it is only freed, never read, through this handle.
-unsafe impl Send for HostBlock {}
-// SAFETY: as for Send.
-unsafe impl Sync for HostBlock {}
-
-impl HostBlock {
-    fn new(bytes: usize, zeroed: bool) -> Self {
-        // Sizes come from element counts of tensors; one that overflows cannot be allocated in any case.
-        let Ok(layout) = Layout::from_size_align(bytes.max(1), 64) else { handle_alloc_error(Layout::new::<u8>()) };
-        // SAFETY: the layout has a size of at least one byte.
-        let ptr = unsafe { if zeroed { alloc_zeroed(layout) } else { alloc(layout) } };
-        if ptr.is_null() {
-            handle_alloc_error(layout);
-        }
-        HostBlock { ptr, layout }
-    }
-}
-
-impl Drop for HostBlock {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout, freed once.
-        unsafe { dealloc(self.ptr, self.layout) }
     }
 }

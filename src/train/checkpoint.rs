@@ -51,6 +51,8 @@ pub fn save(
     trainer.check_finite()?;
     let model = trainer.whole(weights::named(trainer.model()))?;
     let optimizer = trainer.whole(optimizer(trainer))?;
+    // What other ranks had to give has come: of a rank that failed, nothing is written.
+    trainer.barrier()?;
     let Some(dir) = dir else {
         trainer.barrier()?;
         return Ok(None);

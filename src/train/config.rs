@@ -127,9 +127,9 @@ settings! {
     dtype: DType,
     /// Where to run: cpu, cuda, cuda:N (GPU number N), or auto: a GPU if one works, else the CPU (auto)
     device: DeviceChoice,
-    /// Ranks (1)
+    /// Ranks (1; with --comm nccl, as many as the launcher has started)
     ranks: usize,
-    /// Nodes that the ranks are on, with as many on each (1)
+    /// Nodes that the ranks are on, with as many on each (1; with --comm nccl, as the launcher says)
     nodes: usize,
     /// Data-parallel ranks: has to be the ranks over --mp
     dp: usize,
@@ -152,10 +152,18 @@ settings! {
     /// Neither read nor write the cache of costs and plans
     #[arg(num_args = 0..=1, default_missing_value = "true")]
     no_cache: bool,
-    /// How ranks talk: local, threads of this process
+    /// How ranks talk: local, threads of this process, or nccl, processes that torchrun, mpirun or srun has started, with a
+    /// GPU each (local)
     comm: CommKind,
     /// Seconds that a rank waits for the others (600)
     comm_timeout: u64,
+    /// CTAs that a collective of NCCL takes of a GPU at most, 1 to 64 (NCCL's choice)
+    comm_ctas: u32,
+    /// Where ranks that are processes meet: HOST:PORT, a free port on the host of rank 0 (where the launcher says)
+    rendezvous: String,
+    /// Ranks that are processes share the GPUs of their host, for testing
+    #[arg(num_args = 0..=1, default_missing_value = "true")]
+    share_gpu: bool,
     /// Folder for the run; by default runs/PRESET-DATE-TIME
     #[arg(value_name = "DIR")]
     out: PathBuf,

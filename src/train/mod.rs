@@ -22,7 +22,7 @@ pub use memory::MemoryEstimate;
 pub use optimizer::{Optimizer, OptimizerConfig, SumOverExperts};
 pub(crate) use plans::block_shapes;
 pub use run::{Metrics, RunDir};
-pub use session::{Request, train};
+pub use session::{Request, train, train_rank};
 pub use trainer::{StepOutcome, Trainer};
 pub use world::{CacheUse, CommKind, WorldConfig};
 pub(crate) use {plans::StepPlan, ranks::Ranks};

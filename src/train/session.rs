@@ -8,9 +8,10 @@ use super::run::{Metrics, RunDir};
 use super::trainer::{StepOutcome, Trainer};
 use super::world::{CommKind, WorldConfig};
 use super::{ceiling, interrupt, memory};
+use crate::comm::launch::Launch;
 use crate::comm::local::Cluster;
-use crate::comm::{Topology, local};
-use crate::device::{Lane, LaneKind};
+use crate::comm::{Topology, local, nccl};
+use crate::device::{DeviceChoice, Lane, LaneKind};
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;
 use crate::model::ModelConfig;
@@ -43,25 +44,66 @@ const LAST: usize = 20;
 /// For settings, data or checkpoints that break a rule; [`Error::Numeric`] if the loss is not finite;
 /// [`Error::Interrupted`] after Ctrl-C, with a checkpoint saved.
 pub fn train(request: Request) -> Result<Summary> {
+    train_rank(request)?.ok_or_else(|| Error::Config("no summary of a run on a rank that is not the first".into()))
+}
+
+/// [`train`], where this process may be one rank of several: none where it is not the first.
+///
+/// # Errors
+/// As [`train`].
+pub fn train_rank(request: Request) -> Result<Option<Summary>> {
     let resumed = request.resume.as_deref().map(checkpoint::find).transpose()?;
     let settings = match &resumed {
         // Where a run stops early is said anew each time: a run that goes on without a word goes to its schedule's end.
         Some(dir) => request.settings.clone().or(Settings { stop_at: None, ..RunDir::of(dir)?.settings()? }),
         None => request.settings.clone(),
     };
-    let place = settings.place();
+    let launch = match settings.comm {
+        Some(CommKind::Nccl) => Some(launched(&settings)?),
+        _ => None,
+    };
+    let settings = match &launch {
+        // How many ranks there are is what the launcher has started, not what a run before this one had.
+        Some(launch) => Settings {
+            ranks: request.settings.ranks.or(Some(launch.world)),
+            nodes: request.settings.nodes.or(launch.nodes()),
+            ..settings
+        },
+        None => settings,
+    };
+    let place = match &launch {
+        Some(launch) => Place::Cuda(nccl::gpu(launch, settings.share_gpu.unwrap_or(false))?),
+        None => settings.place(),
+    };
     let settings = match (place, settings.dtype, &resumed) {
         // A run on a GPU wrote its type down: one that did not was begun on the CPU, in the CPU's.
         (Place::Cuda(_), None, Some(_)) => Settings { dtype: Some(TrainConfig::default().dtype), ..settings },
         _ => settings,
     };
     let (config, model) = settings.resolve_on(place)?;
-    let WorldConfig { sizes, comm: CommKind::Local, timeout, all_to_all, .. } = config.world;
+    let WorldConfig { sizes, timeout, all_to_all, .. } = config.world;
+    let topology = Topology::new(sizes)?;
     let run = Run { place, config, model, settings, out: request.settings.out, resumed };
-    let summaries = match sizes.ranks {
-        1 => vec![run.session(None, request.json)?.run()?],
-        ranks => {
-            let topology = Topology::new(sizes)?;
+    let summaries = match (sizes.ranks, &launch) {
+        (ranks, Some(launch)) if ranks != launch.world => {
+            config_err!("--ranks {ranks} in {launch}: it is as many as the launcher has started")
+        }
+        (1, _) => vec![run.session(None, request.json)?.run()?],
+        (_, Some(launch)) => {
+            let options = nccl::Options {
+                rendezvous: run.settings.rendezvous.clone(),
+                share_gpu: run.settings.share_gpu.unwrap_or(false),
+                ctas: run.settings.comm_ctas,
+                agree: run.agree()?,
+                ..nccl::Options::new(timeout)
+            };
+            let json = request.json.filter(|_| launch.rank == 0);
+            vec![nccl::run(launch, &options, |world, lane| {
+                let parallel = Parallel::new(lane, world, topology, all_to_all.build())?;
+                run.session(Some(&parallel), json)?.run()
+            })?]
+        }
+        (ranks, None) => {
             let json = Mutex::new(request.json);
             let lane = Lane::at(place)?;
             let share = local::share(&lane, ranks);
@@ -77,8 +119,21 @@ pub fn train(request: Request) -> Result<Summary> {
             })?
         }
     };
-    let first = summaries.into_iter().flatten().next();
-    first.ok_or_else(|| Error::Config("a run without a first rank".into()))
+    Ok(summaries.into_iter().flatten().next())
+}
+
+/// How this process was started, where ranks are processes.
+fn launched(settings: &Settings) -> Result<Launch> {
+    if settings.device == Some(DeviceChoice::Cpu) {
+        config_err!("--comm nccl with --device cpu: its ranks take a GPU each; --comm local has ranks on the CPU");
+    }
+    Launch::from_env()?.ok_or_else(|| {
+        Error::Config(
+            "--comm nccl: no launcher has started this process: it takes torchrun --no-python, mpirun or srun, whose \
+             environment says which rank it is"
+                .into(),
+        )
+    })
 }
 
 /// A run, before it begins.
@@ -94,6 +149,15 @@ struct Run {
 }
 
 impl Run {
+    /// What ranks that are processes have to agree in: what they are asked for, and from where they go on.
+    fn agree(&self) -> Result<Vec<(String, String)>> {
+        let settings = Settings { out: None, device: None, ..self.settings.clone() }.to_toml()?;
+        let settings: toml::Table = toml::from_str(&settings).map_err(|e| Error::Config(format!("settings: {e}")))?;
+        let flag = |(key, value): (&String, &toml::Value)| (format!("--{}", key.replace('_', "-")), value.to_string());
+        let resumed = self.resumed.as_ref().map(|dir| ("--resume".to_owned(), dir.display().to_string()));
+        Ok(settings.iter().map(flag).chain(resumed).collect())
+    }
+
     /// The part of it on one rank.
     fn session(&self, parallel: Option<&Arc<Parallel>>, json: Option<Box<dyn Write + Send>>) -> Result<Session> {
         let lane = match parallel {
@@ -116,6 +180,7 @@ impl Run {
             check_continuation(dir, &state, &config)?;
         }
         let first = trainer.steps_done();
+        interrupt::install()?;
         let lead = if trainer.rank() == 0 { Some(self.lead(&lane, &trainer, json)?) } else { None };
         // What the first rank refuses, it refuses before a step is done.
         trainer.barrier()?;
@@ -140,15 +205,24 @@ impl Run {
             (Some(dir), None) => RunDir::of(dir)?,
             (_, out) => RunDir::create(out.as_deref(), &self.config.preset)?,
         };
-        // Where a run is going on is said anew each time, what its checkpoints hold is not.
+        // Where a run is going on, and how its ranks talk, is said anew each time, what its checkpoints hold is not.
         let dtype = if self.place == Place::Cpu { self.settings.dtype } else { Some(self.config.dtype) };
-        let settings =
-            Settings { out: None, device: None, dtype, no_cache: None, reprofile: None, ..self.settings.clone() };
+        let settings = Settings {
+            out: None,
+            device: None,
+            comm: None,
+            comm_ctas: None,
+            rendezvous: None,
+            share_gpu: None,
+            no_cache: None,
+            reprofile: None,
+            dtype,
+            ..self.settings.clone()
+        };
         let first = trainer.steps_done();
         // Before the settings: rows that cannot be read end the attempt, and the run stays what it was.
         let metrics = folder.append_metrics(first + 1)?;
         folder.write_config(&settings.to_toml()?)?;
-        interrupt::install()?;
         let reporter = Reporter::new(json, first, self.config.stop_at);
         if let Some(device) = lane.device()? {
             reporter.note(&format!("on {} ({}), {}", lane.place(), device.name, self.config.dtype));

@@ -13,8 +13,10 @@ use std::time::Duration;
 pub enum CommKind {
     /// Ranks are threads of one process.
     Local,
+    /// Ranks are processes, started by a launcher, each with a GPU.
+    Nccl,
 }
-named!(CommKind, "comm", { Local => "local" });
+named!(CommKind, "comm", { Local => "local", Nccl => "nccl" });
 
 /// What is done with measured costs, and with the plans made of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,7 +76,7 @@ impl WorldConfig {
         let experts = model.moe.experts;
         let fits = |ep: &usize| ranks.is_multiple_of(ep * esp) && experts.is_multiple_of(*ep);
         let ep = settings.ep.unwrap_or_else(|| (1..=ranks).rev().find(fits).unwrap_or(1));
-        let dp = settings.dp.unwrap_or(ranks / mp.max(1));
+        let dp = settings.dp.unwrap_or((ranks / mp.max(1)).max(1));
         let sizes = Sizes { ranks, nodes: settings.nodes.unwrap_or(1), dp, mp, ep, esp };
         Topology::new(sizes)?;
         if !experts.is_multiple_of(ep) {

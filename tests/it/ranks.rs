@@ -118,6 +118,8 @@ fn worlds_that_do_not_fit_are_refused() {
         ("--ranks 8", ["--batch 4", "--dp 8"]),
         ("--ranks 2 --schedule best", ["best", "tutel"]),
         ("--ranks 2 --a2a 3dh", ["3dh", "1dh"]),
+        ("--comm nccl", ["no launcher", "torchrun"]),
+        ("--comm nccl --device cpu", ["--device cpu", "--comm local"]),
         ("--ranks 2 --comm-timeout 0", ["--comm-timeout 0", "1 second"]),
     ] {
         let out = place.command(&format!("train --config small.toml --out no {flags}")).output().unwrap();

@@ -67,7 +67,7 @@ impl Place {
 
     /// The command with arguments that have no spaces, in this folder.
     pub(crate) fn command(&self, args: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fsmoe"));
+        let mut command = Command::new(binary());
         command.args(args.split_whitespace()).current_dir(self.0.path());
         command
     }
@@ -115,6 +115,12 @@ impl Place {
             assert!(b[name] == *bytes, "{what}: {} differs", name.display());
         }
     }
+}
+
+/// The command: where cargo has built it, or beside this binary, where both were carried elsewhere.
+pub(crate) fn binary() -> PathBuf {
+    let built = PathBuf::from(env!("CARGO_BIN_EXE_fsmoe"));
+    if built.exists() { built } else { std::env::current_exe().unwrap().with_file_name("fsmoe") }
 }
 
 /// The settings of a command line.

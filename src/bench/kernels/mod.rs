@@ -1,6 +1,7 @@
 //! A case for every primitive operation, and their benchmark.
 
 mod case;
+mod comm;
 mod fused;
 mod gate;
 mod math;
@@ -20,7 +21,7 @@ const NO_FLOPS: fn(&Sizes) -> f64 = |_| 0.0;
 
 /// Every case.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    math::CASES.iter().chain(gate::CASES).chain(fused::CASES).chain(model::CASES)
+    math::CASES.iter().chain(gate::CASES).chain(fused::CASES).chain(comm::CASES).chain(model::CASES)
 }
 
 /// The cases that a name means: the case so called, or else a family's, or else those whose name has it as a part, or else

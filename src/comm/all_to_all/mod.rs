@@ -231,23 +231,47 @@ impl Arranger {
     /// # Errors
     /// If a range reaches past the rows, or the device has no memory left.
     pub fn arrange(&self, lane: &Lane, t: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor> {
-        arrange_by(lane, t, ranges, |runs| {
-            if lane.as_cuda().is_none() {
-                return index(lane, &runs);
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for range in ranges.iter().filter(|r| !r.is_empty()) {
+            match runs.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => runs.push(range.clone()),
             }
-            let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // Of this lane alone: what another has uploaded may not be there yet.
-            let key = (lane.kind(), runs);
-            if let Some(index) = known.get(&key) {
-                return Ok(index.clone());
-            }
+        }
+        let total = runs.iter().map(Range::len).sum();
+        if runs.len() <= 1 && total == t.dim(0) {
+            return Ok(t.clone());
+        }
+        let out = lane.empty([total, t.dim(1)], t.dtype())?;
+        if runs.len() > FEW_RUNS && t.dtype().is_float() {
+            lane.gather_rows(t, &self.index(lane, runs)?, &out)?;
+            return Ok(out);
+        }
+        let mut at = 0;
+        for run in runs {
+            lane.copy(&t.narrow(0, run.start, run.len())?, &out.narrow(0, at, run.len())?)?;
+            at += run.len();
+        }
+        Ok(out)
+    }
+
+    /// The rows of these runs, one after another: (R) i32.
+    fn index(&self, lane: &Lane, runs: Vec<Range<usize>>) -> Result<Tensor> {
+        // Of this lane alone: what another has uploaded may not be there yet.
+        let key = (lane.kind(), runs);
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = known.get(&key) {
+            return Ok(index.clone());
+        }
+        let rows: Vec<i32> = key.1.iter().cloned().flatten().map(|row| row as i32).collect();
+        let index = lane.to_device(&Tensor::from_slice(&rows, [rows.len()])?)?;
+        if lane.as_cuda().is_some() {
             if known.len() >= MOST_ORDERS {
                 known.clear();
             }
-            let index = index(lane, &key.1)?;
             known.insert(key, index.clone());
-            Ok(index)
-        })
+        }
+        Ok(index)
     }
 }
 
@@ -256,43 +280,7 @@ impl Arranger {
 /// # Errors
 /// As it.
 pub fn arrange(lane: &Lane, t: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor> {
-    arrange_by(lane, t, ranges, |runs| index(lane, &runs))
-}
-
-/// The rows of these runs, one after another: (R) i32.
-fn index(lane: &Lane, runs: &[Range<usize>]) -> Result<Tensor> {
-    let rows: Vec<i32> = runs.iter().cloned().flatten().map(|row| row as i32).collect();
-    lane.to_device(&Tensor::from_slice(&rows, [rows.len()])?)
-}
-
-fn arrange_by(
-    lane: &Lane,
-    t: &Tensor,
-    ranges: &[Range<usize>],
-    index: impl FnOnce(Vec<Range<usize>>) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let mut runs: Vec<Range<usize>> = Vec::new();
-    for range in ranges.iter().filter(|r| !r.is_empty()) {
-        match runs.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => runs.push(range.clone()),
-        }
-    }
-    let total = runs.iter().map(Range::len).sum();
-    if runs.len() <= 1 && total == t.dim(0) {
-        return Ok(t.clone());
-    }
-    let out = lane.empty([total, t.dim(1)], t.dtype())?;
-    if runs.len() > FEW_RUNS && t.dtype().is_float() {
-        lane.gather_rows(t, &index(runs)?, &out)?;
-        return Ok(out);
-    }
-    let mut at = 0;
-    for run in runs {
-        lane.copy(&t.narrow(0, run.start, run.len())?, &out.narrow(0, at, run.len())?)?;
-        at += run.len();
-    }
-    Ok(out)
+    Arranger::default().arrange(lane, t, ranges)
 }
 
 /// One all-to-all of `comm`: `rows` (R, M) in blocks of `send` rows, one per rank; returns blocks of `recv` rows.

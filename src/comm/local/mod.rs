@@ -118,7 +118,7 @@ pub fn run_on<T: Send>(cluster: &Cluster, f: impl Fn(Arc<dyn Communicator>) -> R
             let (comm, world, f) = (Arc::new(Local::new(group.clone(), rank)), world.clone(), &f);
             let body = move || {
                 let result = catch_unwind(AssertUnwindSafe(|| f(comm)))
-                    .unwrap_or_else(|panic| Err(Error::Comm(format!("rank {rank} panicked: {}", text(&*panic)))));
+                    .unwrap_or_else(|panic| Err(Error::Comm(format!("rank {rank} panicked: {}", said(&*panic)))));
                 match &result {
                     Ok(_) => world.leave(rank),
                     Err(e) => world.fail(Failure { rank: Some(rank), reason: format!("rank {rank} failed: {e}") }),
@@ -130,7 +130,7 @@ pub fn run_on<T: Send>(cluster: &Cluster, f: impl Fn(Arc<dyn Communicator>) -> R
         let threads: Vec<_> = (0..ranks).map(start).collect();
         let join = |(rank, thread): (usize, std::io::Result<std::thread::ScopedJoinHandle<'_, Result<T>>>)| match thread
         {
-            Ok(thread) => thread.join().unwrap_or_else(|panic| Err(Error::Comm(text(&*panic)))),
+            Ok(thread) => thread.join().unwrap_or_else(|panic| Err(Error::Comm(said(&*panic)))),
             Err(e) => {
                 let reason = format!("no thread for rank {rank}: {e}");
                 world.fail(Failure { rank: Some(rank), reason: reason.clone() });
@@ -158,7 +158,7 @@ pub fn run_on<T: Send>(cluster: &Cluster, f: impl Fn(Arc<dyn Communicator>) -> R
 }
 
 /// What a panic said.
-fn text(panic: &(dyn Any + Send)) -> String {
+pub(super) fn said(panic: &(dyn Any + Send)) -> String {
     let said = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
     said.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
 }

@@ -72,6 +72,12 @@ impl Cuda {
         Self::on(self.0.context.clone(), self.0.modules.clone(), share)
     }
 
+    /// Its share of the GPU.
+    #[must_use]
+    pub fn share(&self) -> Share {
+        self.0.share
+    }
+
     /// The multiprocessors that grids are sized for.
     #[must_use]
     pub fn multiprocessors(&self) -> u32 {
@@ -237,7 +243,8 @@ impl Cuda {
         Ok(())
     }
 
-    pub(super) fn bind(&self) -> Result<()> {
+    /// Makes the GPU's context the calling thread's.
+    pub(crate) fn bind(&self) -> Result<()> {
         self.0.context.bind_to_thread().map_err(CudaError::driver("making the GPU's context current"))?;
         Ok(())
     }

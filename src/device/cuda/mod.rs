@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, DriverError, sys};
+use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 mod args;
 mod attention;
@@ -130,6 +130,19 @@ impl CudaError {
 pub fn is_driver_present() -> bool {
     // SAFETY: this runs the initialisers of libcuda.so, a library that expects to be loaded by any thread at any time.
     unsafe { sys::is_culib_present() }
+}
+
+/// The number of GPUs that the process sees.
+///
+/// # Errors
+///
+/// [`CudaError::NoDriver`] where there is no driver, and [`CudaError::Driver`] when it does not start.
+pub fn count() -> Result<usize, CudaError> {
+    if !is_driver_present() {
+        return Err(CudaError::NoDriver);
+    }
+    let count = result::init().and_then(|()| result::device::get_count());
+    Ok(count.map_err(CudaError::driver("counting the GPUs"))?.max(0) as usize)
 }
 
 /// Opens GPU number `ordinal`: its primary context, which other CUDA libraries in the process share.

@@ -159,7 +159,7 @@ impl Modules {
         self.multiprocessors
     }
 
-    /// The entry point `name`. Its file is the one whose name it begins with: `gelu_forward_bf16` is in `gelu.cu`.
+    /// The entry point `name`. Its file is the one whose name it has or begins with: `gelu_forward_bf16` is in `gelu.cu`.
     ///
     /// # Errors
     ///
@@ -246,7 +246,9 @@ fn unit_of(function: &str) -> Result<usize, CudaError> {
     built::UNITS
         .iter()
         .enumerate()
-        .filter(|(_, (name, _))| function.strip_prefix(file(name)).is_some_and(|rest| rest.starts_with('_')))
+        .filter(|(_, (name, _))| {
+            function.strip_prefix(file(name)).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+        })
         .max_by_key(|(_, (name, _))| file(name).len())
         .map(|(index, _)| index)
         .ok_or_else(|| CudaError::NoKernelFile { name: function.into(), files: unit_names() })
@@ -389,7 +391,8 @@ mod tests {
         let file = |function| built::UNITS[unit_of(function).unwrap()].0;
         assert_eq!(file("gelu_forward_bf16"), "expert/gelu");
         assert_eq!(file("swiglu_backward_f32"), "expert/swiglu");
-        for unknown in ["glu_forward_f32", "gelu", "gelux_forward", ""] {
+        assert_eq!(file("copy_many"), "comm/copy_many");
+        for unknown in ["glu_forward_f32", "gel", "gelux_forward", ""] {
             let message = unit_of(unknown).unwrap_err().to_string();
             assert!(message.contains(&format!("'{unknown}'")) && message.contains("expert/gelu"), "{message}");
         }

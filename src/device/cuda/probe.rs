@@ -241,18 +241,26 @@ fn cublas_version() -> Result<String, String> {
     Ok(format!("{major}.{minor}.{patch}"))
 }
 
-/// NCCL's version, asked of the library itself. cudarc does not look for `libnccl.so.2`, the only name that a machine
-/// without the development package has.
-fn nccl_version() -> Result<String, String> {
+/// NCCL's library, by the names it has: cudarc does not look for `libnccl.so.2`, the only one that a machine without the
+/// development package has. It is never unloaded, as code that uses it may hold its addresses.
+pub(crate) fn nccl_library() -> Result<*mut c_void, String> {
     const NAMES: [&CStr; 2] = [c"libnccl.so.2", c"libnccl.so"];
 
-    let library = NAMES
+    NAMES
         .iter()
-        // SAFETY: the name ends in a zero; this runs the initialisers of a library made to be loaded at any time. It is
-        // never unloaded, as code that uses it may hold its addresses.
+        // SAFETY: the name ends in a zero; this runs the initialisers of a library made to be loaded at any time.
         .map(|name| unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) })
         .find(|library| !library.is_null())
-        .ok_or("libnccl.so.2 cannot be loaded; only training on several GPUs needs it")?;
+        .ok_or_else(|| {
+            "libnccl.so.2 cannot be loaded; only ranks that are processes (--comm nccl) need it; if it is installed, put \
+             its folder in LD_LIBRARY_PATH"
+                .into()
+        })
+}
+
+/// NCCL's version, asked of the library itself.
+fn nccl_version() -> Result<String, String> {
+    let library = nccl_library()?;
     // SAFETY: the library is loaded and the name ends in a zero.
     let symbol: *mut c_void = unsafe { libc::dlsym(library, c"ncclGetVersion".as_ptr()) };
     if symbol.is_null() {

@@ -101,7 +101,9 @@ impl Parallel {
             config_err!("a rank whose compute lane is {}: it is {}", lane_name(lane.kind()), lane_name(LANES[0]));
         }
         let groups = Groups::new(world, topology)?;
-        let share = Share { multiprocessors: Some(Self::COMM_BLOCKS), urgent: true };
+        // Who has a GPU to himself need not leave any of it to other ranks.
+        let shared = lane.as_cuda().and_then(|cuda| cuda.share().multiprocessors);
+        let share = Share { multiprocessors: shared.map(|_| Self::COMM_BLOCKS), urgent: true };
         let [_, intra, inter] = LANES;
         let lanes = [lane.clone(), lane.beside(intra, share)?, lane.beside(inter, share)?];
         let threads = match lane.as_cuda() {

@@ -1,5 +1,7 @@
 use super::*;
 use crate::comm::{AllToAllKind, Topology, local};
+use crate::device::LaneKind;
+use crate::engine::LANES;
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::{GateKind, SigmoidOptions};
 use crate::moe::order::OrderKind;
@@ -319,13 +321,25 @@ fn timelines_are_of_the_graph_that_was_asked_for() {
         layer.set_plan(LayerPlan { degrees: [Degree { r: 3, d: 2 }, Degree { r: 2, d: 1 }], ..LayerPlan::default() });
         let tape = Tape::new(&Lane::cpu());
         let x = tape.leaf(tokens(&case, parallel.groups().rank(), &random(1, [160, WIDTH])));
+        assert!(parallel.traced().unwrap_err().to_string().contains("not begun"));
+        parallel.trace()?;
         let out = layer.forward(&tape, &x, step(&case, 0))?;
         assert!(layer.timelines()[1].is_none());
+        parallel.span("between", LaneKind::Compute, || Ok(()))?;
         tape.backward(&[(&out.y, tokens(&case, parallel.groups().rank(), &random(2, [160, WIDTH])))])?;
         let names = layer.timelines().map(|t| t.unwrap().spans.iter().map(|s| s.name.clone()).collect::<Vec<_>>());
         // D, AG, E, RS and C of every chunk; backward W as well.
         assert_eq!((names[0].len(), names[1].len()), (15, 12));
         assert!(names[0].contains(&"AG3 L1".to_owned()) && names[1].contains(&"W'2 L1".to_owned()), "{names:?}");
+        // The trace has both passes and what came between, one after the other on every lane.
+        let spans = parallel.traced()?.spans;
+        let traced: Vec<String> = spans.iter().map(|s| s.name.clone()).collect();
+        assert_eq!(traced, [&names[0][..], &["between".to_owned()], &names[1][..]].concat());
+        for lane in LANES {
+            let own: Vec<_> = spans.iter().filter(|s| s.lane == lane).collect();
+            assert!(own.iter().all(|s| 0.0 <= s.start && s.start <= s.end));
+            assert!(own.windows(2).all(|pair| pair[0].end <= pair[1].start + 1e-6));
+        }
         Ok(())
     })
     .unwrap();

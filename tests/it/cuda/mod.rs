@@ -16,6 +16,7 @@ mod hopper;
 mod math;
 mod memory;
 mod model;
+mod nccl;
 mod optim;
 mod order;
 mod ranks;

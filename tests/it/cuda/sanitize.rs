@@ -124,6 +124,12 @@ fn sanitize_hopper_weight() {
 
 #[test]
 #[ignore = "needs a CUDA device"]
+fn sanitize_comm() {
+    family("comm");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
 fn sanitize_model() {
     family("model");
 }
