@@ -1,9 +1,9 @@
 // out = the sum of parts, added in their order: what a rank makes of the others' data in a reduce-scatter or an all-reduce.
 //
-//   sum_parts_{bf16,f16,f32}(parts, count, n, out)
+//   sum_parts_{bf16,f16,f32,f64}(parts, count, n, out)
 //
-// parts: the addresses of `count` contiguous tensors of n elements, by value, room for 64; the sum is in f32, rounded once.
-// out may be one of the parts. In vectors of 16 bytes where all addresses are multiples of it.
+// parts: the addresses of `count` contiguous tensors of n elements, by value, room for 64; the sum is in f32, rounded once, of
+// f64, which statistics are, in f64. out may be one of the parts. In vectors of 16 bytes where all addresses are multiples of it.
 //
 // Launch with any number of blocks of 512 threads, which step over the elements by the grid.
 
@@ -47,3 +47,13 @@ __device__ __forceinline__ void sum_parts(const Parts& parts, index_t count, ind
     fsmoe::sum_parts<type>(parts, count, n, out);                                                           \
   }
 FSMOE_FOR_EACH_DTYPE(FSMOE_SUM_PARTS)
+
+extern "C" __global__ void __launch_bounds__(512)
+    sum_parts_f64(const fsmoe::Parts parts, fsmoe::index_t count, fsmoe::index_t n, double* out) {
+  const fsmoe::index_t step = static_cast<fsmoe::index_t>(gridDim.x) * blockDim.x;
+  for (fsmoe::index_t i = static_cast<fsmoe::index_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+    double sum = 0.0;
+    for (fsmoe::index_t p = 0; p < count; ++p) sum += static_cast<const double*>(parts.of[p])[i];
+    out[i] = sum;
+  }
+}

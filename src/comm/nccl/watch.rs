@@ -245,7 +245,8 @@ impl Watch {
             return false;
         }
         (state.failure, state.told) = (Some(reason.to_owned()), told);
-        state.end = self.timeout.map(|timeout| Instant::now() + grace(timeout));
+        // What is left of it is for the system to take the process down in.
+        state.end = self.timeout.map(|timeout| Instant::now() + grace(timeout) * 3 / 4);
         self.changed.notify_all();
         true
     }

@@ -10,7 +10,7 @@ use super::backend::Cuda;
 use crate::device::kernels::{check_pairs, check_parts};
 use crate::device::{CommKernels, MathKernels, MemoryKernels};
 use crate::error::{Result, shape_err};
-use crate::tensor::{Place, Storage, Tensor};
+use crate::tensor::{DType, Place, Storage, Tensor};
 
 /// Threads of a block of these kernels.
 const THREADS: u32 = 512;
@@ -40,7 +40,8 @@ impl CommKernels for Cuda {
 
     fn sum_parts(&self, parts: &[Tensor], out: &Tensor) -> Result<()> {
         check_parts(parts, out)?;
-        let (n, Some(suffix)) = (out.elements(), suffix(out.dtype())) else {
+        let name = if out.dtype() == DType::F64 { Some("f64") } else { suffix(out.dtype()) };
+        let (n, Some(suffix)) = (out.elements(), name) else {
             return self.sum_one_by_one(parts, out);
         };
         if parts.len() > MOST {

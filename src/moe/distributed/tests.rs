@@ -325,16 +325,16 @@ fn timelines_are_of_the_graph_that_was_asked_for() {
         parallel.trace()?;
         let out = layer.forward(&tape, &x, step(&case, 0))?;
         assert!(layer.timelines()[1].is_none());
-        parallel.span("between", LaneKind::Compute, || Ok(()))?;
+        parallel.span("between", LaneKind::InterNode, || Ok(()))?;
         tape.backward(&[(&out.y, tokens(&case, parallel.groups().rank(), &random(2, [160, WIDTH])))])?;
         let names = layer.timelines().map(|t| t.unwrap().spans.iter().map(|s| s.name.clone()).collect::<Vec<_>>());
         // D, AG, E, RS and C of every chunk; backward W as well.
         assert_eq!((names[0].len(), names[1].len()), (15, 12));
         assert!(names[0].contains(&"AG3 L1".to_owned()) && names[1].contains(&"W'2 L1".to_owned()), "{names:?}");
-        // The trace has both passes and what came between, one after the other on every lane.
+        // The trace has both passes and what came between, the dense part included, one after the other on every lane.
         let spans = parallel.traced()?.spans;
         let traced: Vec<String> = spans.iter().map(|s| s.name.clone()).collect();
-        assert_eq!(traced, [&names[0][..], &["between".to_owned()], &names[1][..]].concat());
+        assert_eq!(traced, [&names[0][..], &["between", "dense L2"].map(str::to_owned), &names[1][..]].concat());
         for lane in LANES {
             let own: Vec<_> = spans.iter().filter(|s| s.lane == lane).collect();
             assert!(own.iter().all(|s| 0.0 <= s.start && s.start <= s.end));

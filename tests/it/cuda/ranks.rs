@@ -53,7 +53,7 @@ fn numbers(lane: &Lane, id: usize, n: usize, dtype: DType) -> Tensor {
 fn cuda_copies_and_sums_of_parts() {
     let cpu = Lane::cpu();
     for n in [0usize, 1, 7, 4096, 70_001] {
-        for dtype in [DType::F32, DType::BF16, DType::F16] {
+        for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
             let part =
                 |id: u64| cpu.cast(&Tensor::from_slice(&uniform(id, n, -1.0, 1.0), [n]).unwrap(), dtype).unwrap();
             for parts in [1u64, 3, 8] {
