@@ -5,6 +5,7 @@ mod doctor;
 mod plan;
 mod sample;
 mod train;
+mod world;
 
 use clap::{Parser, Subcommand};
 use fsmoe::{Error, Result};

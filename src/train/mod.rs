@@ -14,6 +14,7 @@ mod ranks;
 mod readings;
 mod run;
 mod session;
+mod start;
 mod trainer;
 mod world;
 
@@ -23,6 +24,7 @@ pub use optimizer::{Optimizer, OptimizerConfig, SumOverExperts};
 pub(crate) use plans::block_shapes;
 pub use run::{Metrics, RunDir};
 pub use session::{Request, train, train_rank};
+pub use start::{launched, on_ranks};
 pub use trainer::{StepOutcome, Trainer};
 pub use world::{CacheUse, CommKind, WorldConfig};
 pub(crate) use {plans::StepPlan, ranks::Ranks};

@@ -5,13 +5,12 @@ use super::config::{Settings, TrainConfig};
 use super::data::Corpus;
 use super::progress::{DoneEvent, EvalEvent, Reporter, StepEvent};
 use super::run::{Metrics, RunDir};
+use super::start::{launched, on_ranks};
 use super::trainer::{StepOutcome, Trainer};
-use super::world::{CommKind, WorldConfig};
+use super::world::CommKind;
 use super::{ceiling, interrupt, memory};
-use crate::comm::launch::Launch;
-use crate::comm::local::Cluster;
-use crate::comm::{Topology, local, nccl};
-use crate::device::{DeviceChoice, Lane, LaneKind};
+use crate::comm::nccl;
+use crate::device::{Lane, LaneKind};
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;
 use crate::model::ModelConfig;
@@ -59,7 +58,7 @@ pub fn train_rank(request: Request) -> Result<Option<Summary>> {
         None => request.settings.clone(),
     };
     let launch = match settings.comm {
-        Some(CommKind::Nccl) => Some(launched(&settings)?),
+        Some(CommKind::Nccl) => Some(launched(settings.device)?),
         _ => None,
     };
     let settings = match &launch {
@@ -81,59 +80,31 @@ pub fn train_rank(request: Request) -> Result<Option<Summary>> {
         _ => settings,
     };
     let (config, model) = settings.resolve_on(place)?;
-    let WorldConfig { sizes, timeout, all_to_all, .. } = config.world;
-    let topology = Topology::new(sizes)?;
+    let world = config.world.clone();
     let run = Run { place, config, model, settings, out: request.settings.out, resumed };
-    let summaries = match (sizes.ranks, &launch) {
-        (ranks, Some(launch)) if ranks != launch.world => {
-            config_err!("--ranks {ranks} in {launch}: it is as many as the launcher has started")
-        }
-        (1, _) => vec![run.session(None, request.json)?.run()?],
-        (_, Some(launch)) => {
-            let options = nccl::Options {
-                rendezvous: run.settings.rendezvous.clone(),
-                share_gpu: run.settings.share_gpu.unwrap_or(false),
-                ctas: run.settings.comm_ctas,
-                agree: run.agree()?,
-                ..nccl::Options::new(timeout)
+    let summaries = if world.sizes.ranks == 1 && launch.is_none() {
+        vec![run.session(None, request.json)?.run()?]
+    } else {
+        let options = |launch| {
+            let Settings { rendezvous, share_gpu, comm_ctas, .. } = run.settings.clone();
+            let share_gpu = share_gpu.unwrap_or(false);
+            let agree = run.agree()?;
+            Ok::<_, Error>((
+                launch,
+                nccl::Options { rendezvous, share_gpu, ctas: comm_ctas, agree, ..nccl::Options::new(world.timeout) },
+            ))
+        };
+        let processes = launch.as_ref().map(options).transpose()?;
+        let json = Mutex::new(request.json);
+        on_ranks(place, &world, processes, |parallel| {
+            let json = match parallel.groups().rank() {
+                0 => json.lock().unwrap_or_else(PoisonError::into_inner).take(),
+                _ => None,
             };
-            let json = request.json.filter(|_| launch.rank == 0);
-            vec![nccl::run(launch, &options, |world, lane| {
-                let parallel = Parallel::new(lane, world, topology, all_to_all.build())?;
-                run.session(Some(&parallel), json)?.run()
-            })?]
-        }
-        (ranks, None) => {
-            let json = Mutex::new(request.json);
-            let lane = Lane::at(place)?;
-            let share = local::share(&lane, ranks);
-            let cluster = Cluster { nodes: sizes.nodes, ..Cluster::on(&lane, ranks, timeout) };
-            local::run_on(&cluster, |world| {
-                let json = match world.rank() {
-                    0 => json.lock().unwrap_or_else(PoisonError::into_inner).take(),
-                    _ => None,
-                };
-                let parallel =
-                    Parallel::new(&lane.beside(LaneKind::Compute, share)?, world, topology, all_to_all.build())?;
-                run.session(Some(&parallel), json)?.run()
-            })?
-        }
+            run.session(Some(parallel), json)?.run()
+        })?
     };
     Ok(summaries.into_iter().flatten().next())
-}
-
-/// How this process was started, where ranks are processes.
-fn launched(settings: &Settings) -> Result<Launch> {
-    if settings.device == Some(DeviceChoice::Cpu) {
-        config_err!("--comm nccl with --device cpu: its ranks take a GPU each; --comm local has ranks on the CPU");
-    }
-    Launch::from_env()?.ok_or_else(|| {
-        Error::Config(
-            "--comm nccl: no launcher has started this process: it takes torchrun --no-python, mpirun or srun, whose \
-             environment says which rank it is"
-                .into(),
-        )
-    })
 }
 
 /// A run, before it begins.
