@@ -4,6 +4,7 @@
 //! - [`layer`](mod@layer) times a layer's forward and forward + backward beside the dense matrix products of the same
 //!   useful FLOPs;
 //! - [`kernels`] has a case for every primitive operation: what it is given, the bytes it must move, the FLOPs it must do;
+//! - [`schedule`](mod@schedule) runs a training step on the ranks of a world under every policy, beside what was predicted;
 //! - [`against`] checks and times somebody else's CUDA kernel in the place of one of ours;
 //! - [`Bench`] is the device under test and its clock.
 //!
@@ -19,6 +20,7 @@ mod image;
 pub mod kernels;
 pub mod layer;
 mod loads;
+pub mod schedule;
 mod stats;
 mod table;
 
@@ -27,4 +29,4 @@ pub use clock::{Bench, Clock, HostClock, Memory, Replay, Theirs, Work};
 pub use image::Image;
 pub use loads::Load;
 pub use stats::Spread;
-pub use table::{kernel_table, layer_table};
+pub use table::{kernel_table, layer_table, schedule_table};

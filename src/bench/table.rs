@@ -2,6 +2,7 @@
 
 use super::kernels::KernelRow;
 use super::layer::LayerRow;
+use super::schedule::ScheduleRow;
 use crate::report::{Align, Table, bytes};
 
 /// Milliseconds with four significant digits.
@@ -55,6 +56,39 @@ pub fn layer_table(rows: &[LayerRow]) -> String {
         row.error.as_ref().map(|error| format!("{} {} {}: {error}\n", row.shape, row.pass, row.mode))
     });
     format!("{table}{}", errors.collect::<String>())
+}
+
+/// A table of schedules' rows.
+pub fn schedule_table(rows: &[ScheduleRow]) -> String {
+    let mut columns = vec![Align::Left; 2];
+    columns.extend([Align::Right; 8]);
+    let mut table = Table::new(&columns).header([
+        "shape",
+        "policy",
+        "ms",
+        "p10–p90",
+        "predicted",
+        "off by",
+        "r, d forward",
+        "r, d backward",
+        "× deepspeed",
+        "overran",
+    ]);
+    for row in rows {
+        table.row([
+            row.shape.clone(),
+            row.policy.clone(),
+            ms(row.measured_ms),
+            format!("{}–{}", ms(row.p10_ms), ms(row.p90_ms)),
+            ms(row.predicted_ms),
+            format!("{:+.1} %", row.error_percent),
+            format!("{}, {}", row.r_forward, row.d_forward),
+            format!("{}, {}", row.r_backward, row.d_backward),
+            row.speedup_over_deepspeed.map_or("–".into(), |speedup| format!("{speedup:.2}")),
+            row.overran_percent.map_or("–".into(), |percent| format!("{percent:.2} %")),
+        ]);
+    }
+    table.to_string()
 }
 
 /// A table of operations' rows, with what failed below it.

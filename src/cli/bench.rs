@@ -1,6 +1,7 @@
 //! `fsmoe bench`.
 
-use super::write_out;
+use super::schedule::Schedule;
+use super::{write_line, write_out};
 use clap::Subcommand;
 use fsmoe::bench::{self, Bench, Ceiling, Load, kernels, layer};
 use fsmoe::device::DeviceChoice;
@@ -26,6 +27,8 @@ enum What {
     Layer(Layer),
     /// Time the primitive operations beside the bytes and FLOPs they cannot do without
     Kernels(Kernels),
+    /// Run a training step over ranks under every schedule, beside what was predicted
+    Schedule(Box<Schedule>),
 }
 
 /// What both have.
@@ -89,6 +92,7 @@ impl Args {
         match self.what {
             What::Layer(args) => args.run(),
             What::Kernels(args) => args.run(),
+            What::Schedule(args) => args.run(),
         }
     }
 }
@@ -129,11 +133,6 @@ impl Common {
         }
         done
     }
-}
-
-fn write_line(row: &impl serde::Serialize) -> Result<()> {
-    let json = serde_json::to_string(row).map_err(|e| Error::Config(format!("as JSON: {e}")))?;
-    write_out(&mut stdout(), format!("{json}\n").as_bytes())
 }
 
 impl Layer {

@@ -4,6 +4,7 @@ mod bench;
 mod doctor;
 mod plan;
 mod sample;
+mod schedule;
 mod train;
 mod world;
 
@@ -48,4 +49,10 @@ impl Cli {
 /// Writes to standard output, flushed. A pipe that nobody reads any more is an error, where `print!` would panic.
 fn write_out(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
     out.write_all(bytes).and_then(|()| out.flush()).map_err(|e| Error::io("standard output", e))
+}
+
+/// A row as a line of JSON.
+fn write_line(row: &impl serde::Serialize) -> Result<()> {
+    let json = serde_json::to_string(row).map_err(|e| Error::Config(format!("as JSON: {e}")))?;
+    write_out(&mut std::io::stdout(), format!("{json}\n").as_bytes())
 }

@@ -84,7 +84,17 @@ impl WorldArgs {
 impl World {
     /// Whether this process speaks for all.
     pub(crate) fn leads(&self) -> bool {
-        self.launch.as_ref().is_none_or(|launch| launch.rank == 0)
+        self.first_rank() == 0
+    }
+
+    /// Whether this process is one rank of several.
+    pub(crate) fn is_process(&self) -> bool {
+        self.launch.is_some()
+    }
+
+    /// The first of the ranks that this process has.
+    pub(crate) fn first_rank(&self) -> usize {
+        self.launch.as_ref().map_or(0, |launch| launch.rank)
     }
 
     /// The sizes asked for; where they do not say, those of `usual`, of which the data-parallel groups take what is left.
@@ -93,11 +103,6 @@ impl World {
         let (mp, ep, esp) = (mp.unwrap_or(usual.mp), ep.unwrap_or(usual.ep), esp.unwrap_or(usual.esp));
         let sizes = Sizes::new(self.ranks, self.nodes, mp, ep, esp);
         Sizes { dp: dp.unwrap_or(sizes.dp), ..sizes }
-    }
-
-    /// How rows travel to their experts.
-    pub(crate) fn all_to_all(&self) -> AllToAllKind {
-        self.args.a2a
     }
 
     /// As [`on_ranks`], in groups of these sizes; `agree` is what processes have to have in common besides.
