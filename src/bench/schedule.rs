@@ -41,17 +41,18 @@ pub struct Shape {
     esp: usize,
 }
 
-/// Name, what the model is made of (M, heads, H, E, k), the experts' kind, B and L for a model-parallel group, N_ESP at most.
-type Named = (&'static str, [usize; 5], ExpertKind, [usize; 2], usize);
+/// Name, what the model is made of (M, heads, H, E, k, V), the experts' kind, B and L for a model-parallel group, N_ESP at most.
+type Named = (&'static str, [usize; 6], ExpertKind, [usize; 2], usize);
 
-/// The first three are made for emulation on FSMoE's published costs, and bound there by what their name says.
+/// The first three are made for emulation on FSMoE's published costs, and bound there by what their name says. The others
+/// are about blocks: where they are really run, what comes after them is small.
 const NAMED: [Named; 6] = [
-    ("inter-bound", [4096, 32, 8192, 8, 2], ExpertKind::Gpt, [1, 2048], 2),
-    ("intra-bound", [4096, 32, 8192, 8, 2], ExpertKind::Gpt, [1, 2048], usize::MAX),
-    ("expert-bound", [4096, 32, 28672, 8, 2], ExpertKind::Mixtral, [1, 2048], 2),
-    ("gpt2-xl", [1600, 25, 6400, 8, 2], ExpertKind::Gpt, [2, 1024], usize::MAX),
-    ("mixtral-8x7b", [4096, 32, 14336, 8, 2], ExpertKind::Mixtral, [2, 2048], usize::MAX),
-    ("tiny", [128, 4, 256, 8, 2], ExpertKind::Mixtral, [4, 64], usize::MAX),
+    ("inter-bound", [4096, 32, 8192, 8, 2, 50_257], ExpertKind::Gpt, [1, 2048], 2),
+    ("intra-bound", [4096, 32, 8192, 8, 2, 50_257], ExpertKind::Gpt, [1, 2048], usize::MAX),
+    ("expert-bound", [4096, 32, 28_672, 8, 2, 32_000], ExpertKind::Mixtral, [1, 2048], 2),
+    ("gpt2-xl", [1600, 25, 6400, 8, 2, 256], ExpertKind::Gpt, [8, 1024], usize::MAX),
+    ("mixtral-8x7b", [4096, 32, 14_336, 8, 2, 256], ExpertKind::Mixtral, [3, 2048], usize::MAX),
+    ("tiny", [128, 4, 256, 8, 2, 256], ExpertKind::Mixtral, [4, 64], usize::MAX),
 ];
 
 /// Blocks of a stack, where nothing else is asked for.
@@ -60,7 +61,7 @@ pub const BLOCKS: usize = 4;
 impl FromStr for Shape {
     type Err = Error;
     fn from_str(name: &str) -> Result<Self> {
-        let Some(&(_, [hidden, heads, ffn, experts, top_k], expert, [batch, seq], esp)) =
+        let Some(&(_, [hidden, heads, ffn, experts, top_k, vocab], expert, [batch, seq], esp)) =
             NAMED.iter().find(|named| named.0 == name)
         else {
             config_err!("unknown shape {name:?}: it is one of {}", NAMED.map(|named| named.0).join(", "));
@@ -75,7 +76,7 @@ impl FromStr for Shape {
         };
         let model = ModelConfig {
             arch: if expert == ExpertKind::Gpt { Arch::Gpt2 } else { Arch::Mixtral },
-            vocab: 256,
+            vocab,
             max_seq: seq,
             layers: BLOCKS,
             hidden,

@@ -82,7 +82,7 @@ impl Transformer {
         let (inner, std) = (init.child(body), config.init_std);
         let table = |init: &Init, name, rows| init.normal(name, [rows, config.hidden], std, ReduceGroup::Replicated);
         let by_layer = inner.child(blocks);
-        Ok(Transformer {
+        let model = Transformer {
             tokens: table(&inner, tokens, config.vocab)?,
             positions: positions.map(|name| table(&inner, name, config.max_seq)).transpose()?,
             blocks: (0..config.layers)
@@ -91,7 +91,12 @@ impl Transformer {
             norm: Norm::new(&inner.child(norm), config)?,
             head: (!config.tie_embeddings).then(|| table(init, "lm_head.weight", config.vocab)).transpose()?,
             config: config.clone(),
-        })
+        };
+        if let (Some(_), Some(cuda)) = (parallel, init.lane().as_cuda()) {
+            // A rank has taken its parts from tensors that were whole.
+            cuda.release_unused();
+        }
+        Ok(model)
     }
 
     /// The settings.

@@ -14,5 +14,6 @@ mod moe;
 mod plan;
 mod properties;
 mod ranks;
+mod schedule;
 mod support;
 mod train;
