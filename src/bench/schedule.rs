@@ -47,9 +47,9 @@ type Named = (&'static str, [usize; 6], ExpertKind, [usize; 2], usize);
 /// The first three are made for emulation on FSMoE's published costs, and bound there by what their name says. The others
 /// are about blocks: where they are really run, what comes after them is small.
 const NAMED: [Named; 6] = [
-    ("inter-bound", [4096, 32, 8192, 8, 2, 50_257], ExpertKind::Gpt, [1, 2048], 2),
-    ("intra-bound", [4096, 32, 8192, 8, 2, 50_257], ExpertKind::Gpt, [1, 2048], usize::MAX),
-    ("expert-bound", [4096, 32, 28_672, 8, 2, 32_000], ExpertKind::Mixtral, [1, 2048], 2),
+    ("inter-bound", [2048, 16, 8192, 8, 2, 4096], ExpertKind::Gpt, [2, 2048], 2),
+    ("intra-bound", [2048, 16, 8192, 8, 2, 4096], ExpertKind::Gpt, [2, 2048], usize::MAX),
+    ("expert-bound", [2048, 16, 28_672, 8, 2, 4096], ExpertKind::Mixtral, [2, 2048], 2),
     ("gpt2-xl", [1600, 25, 6400, 8, 2, 256], ExpertKind::Gpt, [8, 1024], usize::MAX),
     ("mixtral-8x7b", [4096, 32, 14_336, 8, 2, 256], ExpertKind::Mixtral, [3, 2048], usize::MAX),
     ("tiny", [128, 4, 256, 8, 2, 256], ExpertKind::Mixtral, [4, 64], usize::MAX),
