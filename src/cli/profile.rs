@@ -35,7 +35,7 @@ pub(crate) struct Args {
     #[arg(long)]
     dtype: Option<DType>,
     /// For how long to measure; everything is measured five times at least
-    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, allow_negative_numbers = true)]
     time: f64,
     /// Write the costs as TOML
     #[arg(long, value_name = "FILE")]
@@ -47,8 +47,9 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self) -> Result<()> {
-        let budget = Duration::try_from_secs_f64(self.time)
-            .map_err(|e| Error::Config(format!("--time {}: it is a number of seconds: {e}", self.time)))?;
+        let budget = Duration::try_from_secs_f64(self.time).map_err(|_| {
+            Error::Config(format!("--time {}: it is a finite number of seconds, at least 0", self.time))
+        })?;
         let world = self.world.world()?;
         let dtype = self.dtype.unwrap_or(if world.place == Place::Cpu { DType::F32 } else { DType::BF16 });
         if !dtype.is_float() || (dtype == DType::F64 && world.place != Place::Cpu) {

@@ -61,7 +61,8 @@ pub fn duration(s: f64) -> String {
 
 /// A fraction of one as a percentage: `0 %`, `1.3 %`.
 pub fn percent(fraction: f64) -> String {
-    if fraction == 0.0 { "0 %".to_owned() } else { format!("{:.1} %", fraction * 100.0) }
+    // What rounds to zero has no sign.
+    if fraction == 0.0 { "0 %".to_owned() } else { format!("{:.1} %", (fraction * 1e3).round() / 10.0 + 0.0) }
 }
 
 #[cfg(test)]
@@ -78,6 +79,6 @@ mod tests {
         let times = [0.0, 8.2e-6, 999.4e-6, 0.9996e-3, 0.0123, 0.12345, 1.05, 420.0];
         let texts = ["0 µs", "8.20 µs", "999 µs", "1.00 ms", "12.3 ms", "123 ms", "1.05 s", "420 s"];
         assert_eq!(times.map(duration), texts);
-        assert_eq!([0.0, 0.0134, 1.0].map(percent), ["0 %", "1.3 %", "100.0 %"]);
+        assert_eq!([0.0, 0.0134, 1.0, -1e-9].map(percent), ["0 %", "1.3 %", "100.0 %", "0.0 %"]);
     }
 }

@@ -40,11 +40,11 @@ fn plans_take_what_was_measured() {
         let plan = place.stdout(&format!("plan --preset mixtral-tiny {world} --profile mine.toml"));
         assert!(plan.contains("costs of mine") && plan.contains("fsmoe, forward of block"), "{plan}");
     }
+    // And training takes it.
     let small =
-        "--preset mixtral-tiny --layers 1 --hidden 16 --heads 2 --ffn 16 --experts 2 --seq 8 --batch 2 --steps 2";
-    let train = place.output(&format!(
-        "train {small} --ranks 4 --nodes 2 --ep 2 --esp 2 --profile mine.toml --data text.txt --out run"
-    ));
+        "--preset mixtral-tiny --layers 1 --hidden 16 --heads 2 --ffn 16 --experts 4 --seq 8 --batch 2 --steps 2";
+    let world = "--ranks 4 --nodes 2 --mp 2 --ep 4 --esp 1 --a2a 2dh";
+    let train = place.output(&format!("train {small} {world} --profile mine.toml --data text.txt --out run"));
     assert!(train.status.success(), "{}", String::from_utf8_lossy(&train.stderr));
 }
 

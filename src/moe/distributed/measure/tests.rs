@@ -27,10 +27,9 @@ fn worlds(ranks: usize) -> Vec<Topology> {
 
 /// As small as they come on this many ranks; with routers' and norms' gradients, experts' and dense ones.
 fn model(ranks: usize) -> ModelConfig {
-    let mut config =
-        ModelConfig { hidden: ranks, ffn: ranks, heads: ranks, kv_heads: ranks, layers: 2, ..ModelConfig::default() };
-    config.moe.experts = ranks;
-    config
+    let d = ModelConfig::default();
+    let moe = MoeConfig { experts: 2 * ranks, ..d.moe.clone() };
+    ModelConfig { hidden: 2 * ranks, ffn: ranks, heads: ranks, kv_heads: ranks, layers: 2, moe, ..d }
 }
 
 /// What is measured on the ranks of `topology`, the same on all of them.
@@ -51,8 +50,8 @@ fn measured(topology: Topology, all_to_all: AllToAllKind, blocks: &[BlockShape])
 /// for; nothing is measured for groups of one. Worlds that ask for the same costs of the same groups are measured once.
 #[test]
 fn every_cost_that_a_plan_asks_for_is_measured() {
-    let (mut seen, mut asked) = (BTreeSet::new(), 0);
-    for topology in [1, 2, 3, 4, 6, 8].into_iter().flat_map(worlds) {
+    let mut seen = BTreeSet::new();
+    for topology in [1, 2, 4, 6, 8].into_iter().flat_map(worlds) {
         for &all_to_all in AllToAllKind::ALL {
             let config = model(topology.ranks());
             let blocks = config.workload(1, 8 * topology.ranks(), &topology, all_to_all).unwrap();
@@ -61,7 +60,9 @@ fn every_cost_that_a_plan_asks_for_is_measured() {
                 GroupKind::ALL.iter().map(|&kind| (topology.size(kind).min(2), topology.lane(kind))).collect();
             let levels =
                 topology.node_shape(GroupKind::Expert).map(|shape| (shape.nodes.min(2), shape.per_node.min(2)));
-            if !seen.insert(format!("{groups:?} {levels:?} {all_to_all}")) {
+            // Without levels every all-to-all is the direct one, as smaller worlds show.
+            let kind = (topology.ranks() <= 4 || levels == Some((2, 2))).then_some(all_to_all);
+            if !seen.insert(format!("{groups:?} {levels:?} {kind:?}")) {
                 continue;
             }
             let Measured { profile, costs, repeats } = measured(topology, all_to_all, &blocks);
@@ -72,10 +73,9 @@ fn every_cost_that_a_plan_asks_for_is_measured() {
             assert_eq!(alone, topology.ranks() == 1, "{what}");
             assert!(costs.iter().all(|m| m.points.len() == LADDER.len() && m.cost.r2.is_some()), "{what}: {costs:?}");
             assert_eq!(Profile::from_toml(&profile.to_toml().unwrap()).unwrap(), profile, "{what}");
-            asked += 1;
         }
     }
-    assert!(asked > 100, "{asked} worlds");
+    assert!(seen.len() > 150, "{} worlds", seen.len());
 }
 
 #[test]
