@@ -97,8 +97,10 @@ struct Work {
     calls: usize,
     /// What n counts of that: the time is one's.
     parts: f64,
-    run: Box<dyn Fn(&Lane) -> Result<()>>,
+    run: Call,
 }
+
+type Call = Box<dyn Fn(&Lane) -> Result<()>>;
 
 #[derive(Clone, Copy)]
 enum What {

@@ -61,7 +61,7 @@ fn every_cost_that_a_plan_asks_for_is_measured() {
             let levels =
                 topology.node_shape(GroupKind::Expert).map(|shape| (shape.nodes.min(2), shape.per_node.min(2)));
             // Without levels every all-to-all is the direct one, as smaller worlds show.
-            let kind = (topology.ranks() <= 4 || levels == Some((2, 2))).then_some(all_to_all);
+            let kind = (topology.ranks() <= 2 || levels == Some((2, 2))).then_some(all_to_all);
             if !seen.insert(format!("{groups:?} {levels:?} {kind:?}")) {
                 continue;
             }
@@ -75,7 +75,7 @@ fn every_cost_that_a_plan_asks_for_is_measured() {
             assert_eq!(Profile::from_toml(&profile.to_toml().unwrap()).unwrap(), profile, "{what}");
         }
     }
-    assert!(seen.len() > 150, "{} worlds", seen.len());
+    assert!(seen.len() > 100, "{} worlds", seen.len());
 }
 
 #[test]
