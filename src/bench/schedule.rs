@@ -11,7 +11,7 @@ use crate::device::{Lane, LaneKind};
 use crate::engine::{Simulator, Timeline};
 use crate::error::{Error, Result, config_err};
 use crate::model::{Arch, ModelConfig, Transformer};
-use crate::moe::distributed::{Measured, Parallel, measure};
+use crate::moe::distributed::{Measured, Parallel, Subject, measure};
 use crate::moe::expert::ExpertKind;
 use crate::moe::order::OrderKind;
 use crate::moe::{Capacity, MoeConfig, StepContext};
@@ -20,7 +20,7 @@ use crate::schedule::{
     BlockCosts, GradGroup, LayerOp, ModelCosts, Pass, Plan, Planner, Policy, Profile, policy, step_graph,
 };
 use crate::tensor::{DType, Tensor};
-use crate::train::{Ranks, StepPlan, block_shapes, subject};
+use crate::train::{Ranks, StepPlan, block_shapes};
 use serde::Serialize;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -236,7 +236,8 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
             (nominal, Some(ends))
         }
         None => {
-            let subject = subject(&model, &blocks, &topology, settings.measure);
+            let layer = model.config().moe_layer();
+            let subject = Subject::of(layer, &blocks, &topology, settings.dtype, settings.measure)?;
             let found = measure(parallel, &subject)?;
             let costs = ModelCosts::new(&blocks, &topology, &found.profile)?;
             measured = Some(found);

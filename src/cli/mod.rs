@@ -3,6 +3,7 @@
 mod bench;
 mod doctor;
 mod plan;
+mod profile;
 mod sample;
 mod schedule;
 mod train;
@@ -28,6 +29,8 @@ enum Command {
     Sample(sample::Args),
     /// Compare schedules of a model on a cluster, by its measured costs
     Plan(Box<plan::Args>),
+    /// Measure what ranks cost: their collectives and matrix products, for fsmoe plan and fsmoe train
+    Profile(Box<profile::Args>),
     /// Time the MoE layer, or its kernels, beside what the device can do at most
     Bench(Box<bench::Args>),
     /// Tell what this machine has, and what fsmoe will use
@@ -40,6 +43,7 @@ impl Cli {
             Command::Train(args) => args.run(),
             Command::Sample(args) => args.run(),
             Command::Plan(args) => args.run(),
+            Command::Profile(args) => args.run(),
             Command::Bench(args) => args.run(),
             Command::Doctor(args) => args.run(),
         }

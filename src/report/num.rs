@@ -10,6 +10,11 @@ pub fn bytes(n: f64) -> String {
     scaled(n, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB"])
 }
 
+/// So many of something a second, with a decimal prefix: `12.3 GB/s` with `B`.
+pub fn rate(per_second: f64, of: &str) -> String {
+    format!("{}{of}/s", scaled(per_second, 1000.0, &[" ", " k", " M", " G", " T", " P"]))
+}
+
 fn scaled(n: f64, base: f64, units: &[&str]) -> String {
     let mut value = n;
     let mut unit = 0;
@@ -56,7 +61,8 @@ pub fn duration(s: f64) -> String {
 
 /// A fraction of one as a percentage: `0 %`, `1.3 %`.
 pub fn percent(fraction: f64) -> String {
-    if fraction == 0.0 { "0 %".to_owned() } else { format!("{:.1} %", fraction * 100.0) }
+    // What rounds to zero has no sign.
+    if fraction == 0.0 { "0 %".to_owned() } else { format!("{:.1} %", (fraction * 1e3).round() / 10.0 + 0.0) }
 }
 
 #[cfg(test)]
@@ -67,11 +73,12 @@ mod tests {
     fn three_digits_and_a_unit() {
         let counts = [0.0, 950.0, 999.6, 12_345.0, 123_456.0, 46.7e9];
         assert_eq!(counts.map(count), ["0", "950", "1.00k", "12.3k", "123k", "46.7B"]);
+        assert_eq!([1.234e10, 999.0].map(|n| rate(n, "B")), ["12.3 GB/s", "999 B/s"]);
         assert_eq!([512.0, 1536.0, 1.2 * 1073741824.0].map(bytes), ["512 B", "1.50 KiB", "1.20 GiB"]);
         assert_eq!([4.2, 59.7, 192.0, 7500.0].map(seconds), ["4.2 s", "1 min 00 s", "3 min 12 s", "2 h 05 min"]);
         let times = [0.0, 8.2e-6, 999.4e-6, 0.9996e-3, 0.0123, 0.12345, 1.05, 420.0];
         let texts = ["0 µs", "8.20 µs", "999 µs", "1.00 ms", "12.3 ms", "123 ms", "1.05 s", "420 s"];
         assert_eq!(times.map(duration), texts);
-        assert_eq!([0.0, 0.0134, 1.0].map(percent), ["0 %", "1.3 %", "100.0 %"]);
+        assert_eq!([0.0, 0.0134, 1.0, -1e-9].map(percent), ["0 %", "1.3 %", "100.0 %", "0.0 %"]);
     }
 }

@@ -28,6 +28,34 @@ pub struct LayerShape {
     pub all_to_all: AllToAllKind,
 }
 
+impl LayerShape {
+    /// Checks it by itself and against a world.
+    ///
+    /// # Errors
+    /// Names the first value that breaks a rule, and the rule.
+    pub fn fits(&self, topology: &Topology) -> Result<()> {
+        let LayerShape { tokens, rows_per_token, hidden, ffn, experts, gemms, .. } = *self;
+        for (name, value) in
+            [("tokens", tokens), ("hidden", hidden), ("ffn", ffn), ("experts", experts), ("gemms", gemms)]
+        {
+            if value == 0 {
+                config_err!("{name} = 0: it is at least 1");
+            }
+        }
+        if !(rows_per_token.is_finite() && rows_per_token > 0.0) {
+            config_err!("{rows_per_token} rows per token: it is a finite number above 0");
+        }
+        let Sizes { ep, esp, .. } = topology.sizes();
+        if !experts.is_multiple_of(ep) {
+            config_err!("{experts} experts with ep = {ep}: the EP group has as many on each member");
+        }
+        if !ffn.is_multiple_of(esp) {
+            config_err!("ffn = {ffn} with esp = {esp}: each rank of the ESP group has as much of H");
+        }
+        Ok(())
+    }
+}
+
 /// A block as one rank sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockShape {
@@ -96,31 +124,15 @@ impl LayerCosts {
     /// # Errors
     /// If the shape does not fit the world, or the profile lacks a cost that it needs.
     pub fn new(shape: &LayerShape, topology: &Topology, profile: &Profile) -> Result<Self> {
+        shape.fits(topology)?;
         let LayerShape { tokens, rows_per_token, hidden, ffn, experts, gemms, all_to_all } = *shape;
-        for (name, value) in
-            [("tokens", tokens), ("hidden", hidden), ("ffn", ffn), ("experts", experts), ("gemms", gemms)]
-        {
-            if value == 0 {
-                config_err!("{name} = 0: it is at least 1");
-            }
-        }
-        if !(rows_per_token.is_finite() && rows_per_token > 0.0) {
-            config_err!("{rows_per_token} rows per token: it is a finite number above 0");
-        }
-        let Sizes { ep, esp, .. } = topology.sizes();
-        if !experts.is_multiple_of(ep) {
-            config_err!("{experts} experts with ep = {ep}: the EP group has as many on each member");
-        }
-        if !ffn.is_multiple_of(esp) {
-            config_err!("ffn = {ffn} with esp = {esp}: each rank of the ESP group has as much of H");
-        }
         let rows = rows_per_token * tokens as f64;
         let bytes = rows * hidden as f64 * profile.element_bytes as f64;
         let exchange = |kind: Collective, lane: LaneKind, n: f64| {
             Ok(Exchange { lane, work: Work { cost: profile.collective(kind, lane)?, n, times: 1.0 } })
         };
         let shard_lane = lane(topology, GroupKind::Shard);
-        let esp = |kind| shard_lane.map(|lane| exchange(kind, lane, bytes * esp as f64)).transpose();
+        let esp = |kind| shard_lane.map(|lane| exchange(kind, lane, bytes * topology.sizes().esp as f64)).transpose();
         let dispatch = dispatch_phases(all_to_all, topology, bytes, &exchange)?;
         let combine = dispatch.iter().rev().copied().collect();
         Ok(LayerCosts {

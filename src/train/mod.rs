@@ -21,7 +21,7 @@ mod world;
 pub use config::{Settings, TrainConfig};
 pub use memory::MemoryEstimate;
 pub use optimizer::{Optimizer, OptimizerConfig, SumOverExperts};
-pub(crate) use plans::{StepPlan, block_shapes, subject};
+pub(crate) use plans::{StepPlan, block_shapes};
 pub(crate) use ranks::Ranks;
 pub use run::{Metrics, RunDir};
 pub use session::{Request, train, train_rank};

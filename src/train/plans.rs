@@ -49,7 +49,9 @@ pub(super) fn of_run(
             let known = cache.profile(&key, notes).map_or(Ok(String::new()), |p| p.to_toml())?;
             let text = broadcast_text(&**world, lane, &known)?;
             if text.is_empty() {
-                let measured = measure(parallel, &subject(model, &blocks, topology, MEASURE))?.profile;
+                let layer = model.config().moe_layer();
+                let subject = Subject::of(layer, &blocks, topology, model.dtype(), MEASURE)?;
+                let measured = measure(parallel, &subject)?.profile;
                 cache.keep_profile(&key, &measured, notes);
                 measured
             } else {
@@ -80,16 +82,6 @@ fn machine(parallel: &Parallel, model: &Transformer, blocks: &[BlockShape], conf
     let shape = blocks.iter().find_map(|block| block.moe);
     let (sizes, all_to_all) = (config.sizes, config.all_to_all);
     Ok(format!("{device}\n{sizes:?}\n{:?}\n{all_to_all}\n{}\n{shape:?}\n", config.comm, model.dtype()))
-}
-
-/// What is measured for a model, for so long.
-pub(crate) fn subject(model: &Transformer, blocks: &[BlockShape], topology: &Topology, budget: Duration) -> Subject {
-    let config = model.config().moe_layer();
-    let moe = blocks.iter().find_map(|block| block.moe);
-    let (tokens, per_token) = moe.map_or((1, 1.0), |moe| (moe.tokens, moe.rows_per_token));
-    let rows = ((tokens as f64 * per_token) as usize).max(1) * topology.sizes().esp;
-    let bytes = (rows * config.hidden * model.dtype().size()).clamp(64 << 10, 32 << 20);
-    Subject { dtype: model.dtype(), layer: config, rows, dense_rows: tokens, bytes, budget }
 }
 
 /// What each block of a model is, on micro-batches of `tokens` tokens of an MP group; what comes after the blocks is one more.

@@ -12,6 +12,7 @@ mod gradients;
 mod model;
 mod moe;
 mod plan;
+mod profile;
 mod properties;
 mod ranks;
 mod schedule;

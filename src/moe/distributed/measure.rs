@@ -2,16 +2,18 @@
 
 use super::Parallel;
 use crate::autograd::Init;
-use crate::comm::{Communicator, GroupKind, Levels, largest};
-use crate::device::{Lane, LaneKind};
+use crate::comm::{Communicator, GroupKind, Levels, Topology, largest};
+use crate::device::{Lane, LaneKind, Mark};
 use crate::engine::lane_name;
 use crate::error::{Result, config_err};
 use crate::moe::expert::ExpertKind;
 use crate::moe::{MoeConfig, RowSplit, Rows, expert};
 use crate::rng::{Counter, Purpose};
-use crate::schedule::{Collective, CollectiveCosts, ComputeCosts, Cost, GradGroup, MAX_CHUNKS, Profile};
+use crate::schedule::{
+    BlockShape, Collective, CollectiveCosts, ComputeCosts, Cost, GradGroup, LayerShape, MAX_CHUNKS, Profile,
+};
 use crate::tensor::{DType, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 /// What is measured.
@@ -31,6 +33,29 @@ pub struct Subject {
     pub budget: Duration,
 }
 
+impl Subject {
+    /// What a step of a model has that is made of `blocks`, with MoE layers like `layer`: sizes up to those of the first one
+    /// of them.
+    ///
+    /// # Errors
+    /// If the layers do not fit the world.
+    pub fn of(
+        layer: MoeConfig,
+        blocks: &[BlockShape],
+        topology: &Topology,
+        dtype: DType,
+        budget: Duration,
+    ) -> Result<Self> {
+        let moe = blocks.iter().find_map(|block| block.moe);
+        moe.as_ref().map_or(Ok(()), |moe| moe.fits(topology))?;
+        let (tokens, per_token) =
+            moe.map_or((1, 1.0), |LayerShape { tokens, rows_per_token, .. }| (tokens, rows_per_token));
+        let rows = ((tokens as f64 * per_token) as usize).max(1) * topology.sizes().esp;
+        let bytes = (rows * layer.hidden * dtype.size()).clamp(BYTES.0, BYTES.1);
+        Ok(Subject { dtype, layer, rows, dense_rows: tokens, bytes, budget })
+    }
+}
+
 /// What one thing was measured to cost.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measurement {
@@ -38,10 +63,18 @@ pub struct Measurement {
     pub name: String,
     /// What n is in t(n): bytes or FLOPs.
     pub unit: &'static str,
-    /// (n, seconds): the median over rounds of the slowest rank's time.
+    /// (n, seconds): the median time.
     pub points: Vec<(f64, f64)>,
     /// The line through them.
     pub cost: Cost,
+}
+
+impl Measurement {
+    /// How far the point that is farthest from the line is from it, as a part of what the line says.
+    pub fn deviation(&self) -> f64 {
+        let off = |&(n, seconds): &(f64, f64)| (seconds / self.cost.seconds(n) - 1.0).abs();
+        self.points.iter().map(off).fold(0.0, f64::max)
+    }
 }
 
 /// All costs of a world.
@@ -51,8 +84,8 @@ pub struct Measured {
     pub profile: Profile,
     /// Each with what it was fitted to.
     pub costs: Vec<Measurement>,
-    /// How many times everything was measured.
-    pub rounds: usize,
+    /// How many times things were measured: the fewest and the most.
+    pub repeats: (usize, usize),
 }
 
 /// What is being measured at one of its sizes.
@@ -64,8 +97,10 @@ struct Work {
     calls: usize,
     /// What n counts of that: the time is one's.
     parts: f64,
-    run: Box<dyn Fn(&Lane) -> Result<()>>,
+    run: Call,
 }
+
+type Call = Box<dyn Fn(&Lane) -> Result<()>>;
 
 #[derive(Clone, Copy)]
 enum What {
@@ -86,55 +121,77 @@ impl What {
 
 /// Parts of the most that is measured, in sixteenths but for the first: even steps for β, a small one for α.
 const LADDER: [usize; 6] = [1, 2, 4, 8, 12, MAX_CHUNKS];
-/// Fewer rounds have no median worth telling, more add nothing.
-const ROUNDS: (usize, usize) = (5, 60);
-/// Collectives are called so many times in a row for one time: ranks do not leave a barrier at the same moment.
+/// The most that a collective is given is between these: below them its start is all that there is to see, and above them
+/// what it takes is in proportion.
+const BYTES: (usize, usize) = (64 << 10, 32 << 20);
+/// Fewer times have no median worth telling, more add nothing.
+const REPEATS: (usize, usize) = (5, 200);
+/// So many calls in a row for one time: ranks do not leave a barrier at the same moment.
 const IN_A_ROW: usize = 4;
 
-/// Measures the costs of `parallel`'s world on all its ranks at once: what is measured takes turns, round after round; a time
-/// is the slowest rank's, on the device's own clock. The profile is the same on every rank. A collective.
+/// What ranks that are threads count their time from.
+static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// Measures the costs of `parallel`'s world on all its ranks at once: what is measured takes turns, what takes less time more
+/// often. A time is the slowest rank's on the device's own clock; of ranks that are threads, and may have to wait for a core,
+/// from when the first begins until the last has ended. The profile is the same on every rank. A collective.
 ///
 /// # Errors
 /// If the layer does not fit the world, the device has no memory left, or a rank fails or never comes.
 pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
     let (compute, world) = (parallel.lane(LaneKind::Compute), parallel.groups().world());
     let (whats, works) = works(parallel, subject)?;
-    let round = |times: &mut Vec<f64>| -> Result<()> {
-        for work in &works {
-            let lane = parallel.lane(work.lane);
-            world.barrier(compute)?;
-            let start = lane.record(true)?;
-            (0..work.calls).try_for_each(|_| (work.run)(lane))?;
-            let end = lane.record(true)?;
-            times.push(start.seconds_to(&end)? / work.parts);
-            lane.synchronize()?;
-        }
-        Ok(())
+    let clock = (!parallel.issues()).then(|| Mark::at(*BEGIN));
+    // The largest of each, over ranks, add up to the time.
+    let run = |work: &Work| -> Result<[f64; 2]> {
+        let lane = parallel.lane(work.lane);
+        world.barrier(compute)?;
+        let start = lane.record(true)?;
+        (0..work.calls).try_for_each(|_| (work.run)(lane))?;
+        let end = lane.record(true)?;
+        let seconds = start.seconds_to(&end)?;
+        lane.synchronize()?;
+        let begin = clock.as_ref().map_or(Ok(0.0), |clock| clock.seconds_to(&start))?;
+        Ok([-begin, begin + seconds])
     };
     // The first runs take memory and choose algorithms.
-    round(&mut Vec::new())?;
-    let begun = Instant::now();
-    round(&mut Vec::new())?;
-    let one = largest(&**world, compute, &[begun.elapsed().as_secs_f64()])?[0];
-    let rounds = ((subject.budget.as_secs_f64() / one.max(1e-9)) as usize).clamp(ROUNDS.0, ROUNDS.1);
-    let mut times = Vec::with_capacity(rounds * works.len());
-    (0..rounds).try_for_each(|_| round(&mut times))?;
-    let times = largest(&**world, compute, &times)?;
-
-    let median = |w: usize| {
-        let mut all: Vec<f64> = times.iter().skip(w).step_by(works.len()).copied().collect();
-        all.sort_by(f64::total_cmp);
-        f64::midpoint(all[(all.len() - 1) / 2], all[all.len() / 2])
+    works.iter().try_for_each(|work| run(work).map(drop))?;
+    let wall = |work| {
+        let begun = Instant::now();
+        run(work).map(|_| begun.elapsed().as_secs_f64())
     };
+    let walls = largest(&**world, compute, &works.iter().map(wall).collect::<Result<Vec<_>>>()?)?;
+    let share = subject.budget.as_secs_f64() / works.len() as f64;
+    let repeats: Vec<usize> =
+        walls.iter().map(|wall| ((share / wall.max(1e-9)) as usize).clamp(REPEATS.0, REPEATS.1)).collect();
+    let (fewest, rounds) = (repeats.iter().copied().min().unwrap_or(0), repeats.iter().copied().max().unwrap_or(0));
+    let mut marks = vec![Vec::new(); works.len()];
+    for round in 0..rounds {
+        for ((work, marks), repeats) in works.iter().zip(&mut marks).zip(&repeats) {
+            // Spread evenly over the rounds.
+            if (round + 1) * repeats / rounds > round * repeats / rounds {
+                marks.extend(run(work)?);
+            }
+        }
+    }
+    let all = largest(&**world, compute, &marks.concat())?;
+    let mut all = all.chunks_exact(2).map(|mark| mark[0] + mark[1]);
+    let mut medians = Vec::with_capacity(works.len());
+    for (work, &repeats) in works.iter().zip(&repeats) {
+        let mut times: Vec<f64> = all.by_ref().take(repeats).collect();
+        times.sort_by(f64::total_cmp);
+        medians.push(f64::midpoint(times[(repeats - 1) / 2], times[repeats / 2]) / work.parts);
+    }
+
     let mut costs = Vec::with_capacity(whats.len());
     for (i, what) in whats.iter().enumerate() {
         let of = works.iter().enumerate().filter(|(_, work)| work.of == i);
-        let points: Vec<(f64, f64)> = of.map(|(w, work)| (work.n, median(w))).collect();
+        let points: Vec<(f64, f64)> = of.map(|(w, work)| (work.n, medians[w])).collect();
         let (name, unit) = what.name();
         costs.push(Measurement { name, unit, cost: Cost::fit(&points)?, points });
     }
-    let profile = profile(parallel, subject, &whats, &costs, rounds)?;
-    Ok(Measured { profile, costs, rounds })
+    let profile = profile(parallel, subject, &whats, &costs, (fewest, rounds))?;
+    Ok(Measured { profile, costs, repeats: (fewest, rounds) })
 }
 
 fn profile(
@@ -142,7 +199,7 @@ fn profile(
     subject: &Subject,
     whats: &[What],
     costs: &[Measurement],
-    rounds: usize,
+    (fewest, most): (usize, usize),
 ) -> Result<Profile> {
     let (mut lanes, mut gemm, mut expert) = ([CollectiveCosts::default(); 2], None, None);
     for (what, Measurement { cost, .. }) in whats.iter().zip(costs) {
@@ -165,7 +222,7 @@ fn profile(
     let sizes = parallel.groups().topology().sizes();
     let device = parallel.lane(LaneKind::Compute).name()?;
     let source = format!(
-        "measured in {rounds} rounds on {device}: {} ranks on {} nodes, dp {}, mp {}, ep {}, esp {}, {}",
+        "measured {fewest} to {most} times on {device}: {} ranks on {} nodes, dp {}, mp {}, ep {}, esp {}, {}",
         sizes.ranks, sizes.nodes, sizes.dp, sizes.mp, sizes.ep, sizes.esp, subject.dtype
     );
     Ok(Profile {
@@ -197,8 +254,8 @@ fn groups(parallel: &Parallel) -> Vec<(Collective, LaneKind, Arc<dyn Communicato
         all.push((Collective::AllGather, of(kind).0, of(kind).1));
     }
     all.push((Collective::ReduceScatter, of(GroupKind::Shard).0, of(GroupKind::Shard).1));
-    for group in [GradGroup::Dense, GradGroup::Expert, GradGroup::Replicated] {
-        all.push((Collective::AllReduce, of(group.kind()).0, of(group.kind()).1));
+    for kind in GradGroup::ALL.map(GradGroup::kind).into_iter().chain([GroupKind::Model]) {
+        all.push((Collective::AllReduce, of(kind).0, of(kind).1));
     }
     let mut chosen: Vec<(Collective, LaneKind, Arc<dyn Communicator>)> = Vec::new();
     for (kind, lane, comm) in all {
@@ -250,7 +307,14 @@ fn works(parallel: &Parallel, subject: &Subject) -> Result<(Vec<What>, Vec<Work>
         let c = compute.empty([rows, m], subject.dtype)?;
         let n = 2.0 * rows as f64 * (m * m) as f64;
         let run = move |lane: &Lane| lane.gemm(1.0, &a, &b, 0.0, &c);
-        works.push(Work { of, n, lane: LaneKind::Compute, calls: 1, parts: 1.0, run: Box::new(run) });
+        works.push(Work {
+            of,
+            n,
+            lane: LaneKind::Compute,
+            calls: IN_A_ROW,
+            parts: IN_A_ROW as f64,
+            run: Box::new(run),
+        });
     }
     experts(parallel, subject, whats.len(), &mut works)?;
     whats.push(What::Expert);
@@ -263,9 +327,9 @@ fn experts(parallel: &Parallel, subject: &Subject, of: usize, works: &mut Vec<Wo
     let (lane, sizes) = (parallel.lane(LaneKind::Compute), parallel.groups().topology().sizes());
     let whole = &subject.layer;
     let part = MoeConfig { experts: whole.experts / sizes.ep, ffn: whole.ffn / sizes.esp, ..whole.clone() };
-    if part.experts == 0 || part.ffn == 0 {
+    if !whole.experts.is_multiple_of(sizes.ep) || !whole.ffn.is_multiple_of(sizes.esp) {
         config_err!(
-            "{} experts of width {} with ep = {}, esp = {}: each rank has a part",
+            "{} experts of width {} with ep = {}, esp = {}: each rank has as many, and as much of each",
             whole.experts,
             whole.ffn,
             sizes.ep,
@@ -300,3 +364,6 @@ fn normal(lane: &Lane, seed: u64, dims: [usize; 2], dtype: DType) -> Result<Tens
     lane.normal(Counter { seed, purpose: Purpose::Test, step: 0 }, 0, &t)?;
     Ok(t)
 }
+
+#[cfg(test)]
+mod tests;
