@@ -105,6 +105,11 @@ impl World {
         Sizes { dp: dp.unwrap_or(sizes.dp), ..sizes }
     }
 
+    /// How rows travel to their experts.
+    pub(crate) fn all_to_all(&self) -> AllToAllKind {
+        self.args.a2a
+    }
+
     /// As [`on_ranks`], in groups of these sizes; `agree` is what processes have to have in common besides.
     pub(crate) fn run<T: Send>(
         &self,
