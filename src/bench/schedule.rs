@@ -1,14 +1,14 @@
 //! Every policy's schedule of the same training step, run on the ranks of a world and held against its prediction.
 //!
 //! A step is a stack of blocks, attention and an MoE layer each: forward, backward, and the sums of gradients over the
-//! data-parallel groups; no optimizer. Policies take turns, step after step; a time is the slowest rank's, from when all
+//! data-parallel groups; no optimizer. Policies take turns; a time is the slowest rank's, from when all
 //! begin. The first step of each is checked against the first policy's: the same gradients, on the CPU to the bit.
 
 use super::Spread;
 use crate::autograd::{Init, Tape};
 use crate::comm::{AllToAllKind, GroupKind, Sizes, largest};
 use crate::device::{Lane, LaneKind};
-use crate::engine::{Simulator, Timeline};
+use crate::engine::{LANES, Simulator, Timeline};
 use crate::error::{Error, Result, config_err};
 use crate::model::{Arch, ModelConfig, Transformer};
 use crate::moe::distributed::{Measured, Parallel, Subject, measure};
@@ -17,7 +17,7 @@ use crate::moe::order::OrderKind;
 use crate::moe::{Capacity, MoeConfig, StepContext};
 use crate::rng::{Counter, Purpose};
 use crate::schedule::{
-    BlockCosts, GradGroup, LayerOp, ModelCosts, Pass, Plan, Planner, Policy, Profile, policy, step_graph,
+    BlockCosts, GradGroup, LayerOp, MAX_CHUNKS, ModelCosts, Pass, Plan, Planner, Policy, Profile, policy, step_graph,
 };
 use crate::tensor::{DType, Tensor};
 use crate::train::{Ranks, StepPlan, block_shapes};
@@ -50,7 +50,7 @@ const NAMED: [Named; 6] = [
     ("inter-bound", [2048, 16, 8192, 8, 2, 4096], ExpertKind::Gpt, [2, 2048], 2),
     ("intra-bound", [2048, 16, 8192, 8, 2, 4096], ExpertKind::Gpt, [2, 2048], usize::MAX),
     ("expert-bound", [2048, 16, 28_672, 8, 2, 4096], ExpertKind::Mixtral, [2, 2048], 2),
-    ("gpt2-xl", [1600, 25, 6400, 8, 2, 256], ExpertKind::Gpt, [8, 1024], usize::MAX),
+    ("gpt2-xl", [1600, 25, 6400, 8, 2, 256], ExpertKind::Gpt, [4, 1024], usize::MAX),
     ("mixtral-8x7b", [4096, 32, 14_336, 8, 2, 256], ExpertKind::Mixtral, [3, 2048], usize::MAX),
     ("tiny", [128, 4, 256, 8, 2, 256], ExpertKind::Mixtral, [4, 64], usize::MAX),
 ];
@@ -119,19 +119,24 @@ impl Shape {
         Sizes::new(ranks, nodes, mp, ep.unwrap_or(1), esp)
     }
 
-    /// A small stack of as many blocks, experts and routing choices, for what emulation really computes.
+    /// A small stack of as many blocks, experts and routing choices, for what emulation really computes: 16 tokens on each
+    /// rank, and a capacity that gives every chunk rows of its own all the same.
     fn image(&self, mp: usize, esp: usize) -> Shape {
-        // A multiple of 2 for rotary positions; 64 tokens on each rank, so that there are rows for every chunk.
+        const TOKENS: usize = 16;
+        let rows = TOKENS * self.model.moe.top_k;
+        let capacity = Capacity::Factor((MAX_CHUNKS * self.model.moe.experts) as f64 / rows as f64);
         let model = ModelConfig {
+            // A multiple of 2 to each head, for rotary positions.
             hidden: 8 * mp,
             heads: mp,
             kv_heads: mp,
-            ffn: 8 * esp.max(mp) * esp.min(mp),
-            max_seq: 16,
+            ffn: 8 * mp * esp,
+            max_seq: TOKENS,
             vocab: 32,
+            moe: MoeConfig { capacity, ..self.model.moe.clone() },
             ..self.model.clone()
         };
-        Shape { name: self.name.clone(), model, batch: 4 * mp, seq: 16, esp: self.esp }
+        Shape { name: self.name.clone(), model, batch: mp, seq: TOKENS, esp: self.esp }
     }
 }
 
@@ -259,6 +264,7 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
         parallel.emulate(move |op| costs.seconds(op))?;
     } else {
         // What dense parts take, gates and orders included, is seen in steps in which nothing runs beside them.
+        stack.release()?;
         stack.step()?;
         costs.blocks = stack.dense_costs(&costs)?;
     }
@@ -266,30 +272,41 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
     let plans = policies.iter().map(|policy| plan(policy, &costs)).collect::<Result<Vec<StepPlan>>>()?;
     let (mut times, mut counts) = (vec![Vec::new(); plans.len()], vec![(0, 0); plans.len()]);
     let (mut reference, mut difference): (Option<Vec<Vec<f64>>>, f64) = (None, 0.0);
-    for step in 0..WARM_UP + settings.steps {
+    // On a GPU every way of cutting has buffers of sizes of its own: policies take turns in runs of a few steps, and give
+    // their memory back.
+    let gpu = lane.as_cuda().is_some();
+    let rounds = if gpu { settings.steps.min(3) } else { settings.steps };
+    for round in 0..rounds {
+        let timed = settings.steps * (round + 1) / rounds - settings.steps * round / rounds;
+        let warm_up = if gpu || round == 0 { WARM_UP } else { 0 };
         for (i, plan) in plans.iter().enumerate() {
             stack.ranks.set_plan(plan.clone());
-            let before = parallel.overruns();
-            let seconds = stack.step()?;
-            if step == 0 {
-                let gradients = stack.gradients()?;
-                let off = reference.as_ref().map_or(0.0, |first| apart(first, &gradients));
-                let limit = if lane.as_cuda().is_some() { TOLERANCE } else { 0.0 };
-                if off > limit {
-                    config_err!(
-                        "the gradients of {} differ from those of {} by {off:.1e} of the largest: at most {limit:.0e}",
-                        plan.plan.policy,
-                        plans[0].plan.policy
-                    );
-                }
-                difference = difference.max(off);
-                reference.get_or_insert(gradients);
+            if gpu {
+                stack.release()?;
             }
-            if step >= WARM_UP {
-                let after = parallel.overruns();
-                times[i].push(seconds * 1e3);
-                counts[i].0 += after.0 - before.0;
-                counts[i].1 += after.1 - before.1;
+            for step in 0..warm_up + timed {
+                let before = parallel.overruns();
+                let seconds = stack.step()?;
+                if (round, step) == (0, 0) {
+                    let gradients = stack.gradients()?;
+                    let off = reference.as_ref().map_or(0.0, |first| apart(first, &gradients));
+                    let limit = if gpu { TOLERANCE } else { 0.0 };
+                    if off > limit {
+                        config_err!(
+                            "the gradients of {} differ from those of {} by {off:.1e} of the largest: at most {limit:.0e}",
+                            plan.plan.policy,
+                            plans[0].plan.policy
+                        );
+                    }
+                    difference = difference.max(off);
+                    reference.get_or_insert(gradients);
+                }
+                if step >= warm_up {
+                    let after = parallel.overruns();
+                    times[i].push(seconds * 1e3);
+                    counts[i].0 += after.0 - before.0;
+                    counts[i].1 += after.1 - before.1;
+                }
             }
         }
     }
@@ -297,6 +314,10 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
     if settings.trace {
         for plan in &plans {
             stack.ranks.set_plan(plan.clone());
+            if gpu {
+                stack.release()?;
+                stack.step()?;
+            }
             let graph = step_graph(&*plan.policy, &costs, &plan.plan)?;
             let simulated = Simulator::new().timeline(&graph, |op| costs.seconds(op));
             timelines.push((plan.plan.policy.clone(), stack.traced()?, simulated));
@@ -403,6 +424,15 @@ impl Stack<'_> {
         self.work()?;
         let end = self.lane.record(true)?;
         start.seconds_to(&end)
+    }
+
+    /// Gives memory that no tensor has back.
+    fn release(&self) -> Result<()> {
+        for lane in LANES.map(|kind| self.parallel.lane(kind)) {
+            lane.synchronize()?;
+            lane.as_cuda().inspect(|cuda| cuda.release_unused());
+        }
+        Ok(())
     }
 
     fn begin(&self) -> Result<()> {

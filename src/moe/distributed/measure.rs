@@ -4,7 +4,7 @@ use super::Parallel;
 use crate::autograd::Init;
 use crate::comm::{Communicator, GroupKind, Levels, Topology, largest};
 use crate::device::{Lane, LaneKind, Mark};
-use crate::engine::lane_name;
+use crate::engine::{LANES, lane_name};
 use crate::error::{Result, config_err};
 use crate::moe::expert::ExpertKind;
 use crate::moe::{MoeConfig, RowSplit, Rows, expert};
@@ -123,7 +123,9 @@ impl What {
 const LADDER: [usize; 6] = [1, 2, 4, 8, 12, MAX_CHUNKS];
 /// The most that a collective is given is between these: below them its start is all that there is to see, and above them
 /// what it takes is in proportion.
-const BYTES: (usize, usize) = (64 << 10, 32 << 20);
+const BYTES: (usize, usize) = (64 << 10, 128 << 20);
+/// … where lanes are threads.
+const BYTES_OF_THREADS: usize = 32 << 20;
 /// Fewer times have no median worth telling, more add nothing.
 const REPEATS: (usize, usize) = (5, 200);
 /// So many calls in a row for one time: ranks do not leave a barrier at the same moment.
@@ -142,15 +144,24 @@ pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
     let (compute, world) = (parallel.lane(LaneKind::Compute), parallel.groups().world());
     let (whats, works) = works(parallel, subject)?;
     let clock = (!parallel.issues()).then(|| Mark::at(*BEGIN));
+    // On streams one host thread issues what is for all lanes: a collective costs what it takes while the others get theirs.
+    let beside = |work: &Work| {
+        let other = |kind: LaneKind| works.iter().find(|other| other.lane == kind && other.lane != work.lane);
+        let lanes = if parallel.issues() && work.lane != LaneKind::Compute { &LANES[1..] } else { &[] };
+        lanes.iter().filter_map(|&kind| other(kind)).collect::<Vec<_>>()
+    };
     // The largest of each, over ranks, add up to the time.
     let run = |work: &Work| -> Result<[f64; 2]> {
-        let lane = parallel.lane(work.lane);
+        let (lane, beside) = (parallel.lane(work.lane), beside(work));
         world.barrier(compute)?;
         let start = lane.record(true)?;
-        (0..work.calls).try_for_each(|_| (work.run)(lane))?;
+        for _ in 0..work.calls {
+            (work.run)(lane)?;
+            beside.iter().try_for_each(|other| (other.run)(parallel.lane(other.lane)))?;
+        }
         let end = lane.record(true)?;
         let seconds = start.seconds_to(&end)?;
-        lane.synchronize()?;
+        LANES.iter().try_for_each(|&kind| parallel.lane(kind).synchronize())?;
         let begin = clock.as_ref().map_or(Ok(0.0), |clock| clock.seconds_to(&start))?;
         Ok([-begin, begin + seconds])
     };
@@ -277,7 +288,7 @@ fn works(parallel: &Parallel, subject: &Subject) -> Result<(Vec<What>, Vec<Work>
         // Blocks of 256 bytes, as many for each rank.
         let unit = ranks * (256 / size);
         for (i, part) in LADDER.into_iter().enumerate() {
-            let most = subject.bytes / size;
+            let most = if parallel.issues() { subject.bytes } else { subject.bytes.min(BYTES_OF_THREADS) } / size;
             let elements = if i == 0 { most / 64 } else { most * part / MAX_CHUNKS };
             let elements = elements.div_ceil(unit).max(1 + i) * unit;
             let whole = compute.zeros([elements], subject.dtype)?;
