@@ -17,7 +17,7 @@
 //! | [`moe`] | the MoE layer: [`gate`](moe::gate), [`order`](moe::order), [`expert`](moe::expert), hooks, routing, and the layer that runs them |
 //! | [`model`] | presets, attention, blocks, GPT-2-MoE and Mixtral transformers, sampling, and checkpoints under Hugging Face's names |
 //! | [`train`] | data, optimizer, the loop, checkpoints of a run, and its folder |
-//! | [`bench`](mod@bench) | the layer and every operation timed beside what the device can do at most; somebody's kernel checked and timed in ours' place |
+//! | [`bench`](mod@bench) | the layer and every operation timed beside what the device can do at most; somebody's kernel checked and timed in ours' place; a step over ranks under every schedule, beside its prediction |
 //! | [`report`] | tables, bars, loss curves, timelines in the terminal, as SVG and for Perfetto |
 //! | [`rng`], [`fsio`] | counter-based random numbers; files that appear whole or not at all |
 //!
