@@ -14,8 +14,7 @@ pub(super) fn open(ordinal: usize) -> Result<Bench> {
     let cuda = Cuda::new(ordinal)?;
     let name = format!("cuda:{ordinal} {}", cuda.name()?);
     let (major, minor) = cuda.compute_capability()?;
-    let clock =
-        GpuClock { cuda: cuda.clone(), architecture: (major as u32, minor as u32), events: Vec::new(), used: 0 };
+    let clock = GpuClock { cuda: cuda.clone(), architecture: (major as u32, minor as u32), events: Vec::new() };
     Bench::new(lane(&cuda), Box::new(clock), name)
 }
 
@@ -27,19 +26,13 @@ fn lane(cuda: &Cuda) -> Lane {
 struct GpuClock {
     cuda: Cuda,
     architecture: (u32, u32),
-    /// Starts and stops, in turn; kept and recorded again.
+    /// Starts and stops since the last reading, in turn.
     events: Vec<Event>,
-    /// How many of them have been recorded since the last reading.
-    used: usize,
 }
 
 impl GpuClock {
     fn mark(&mut self) -> Result<()> {
-        if self.used == self.events.len() {
-            self.events.push(self.cuda.timer()?);
-        }
-        self.cuda.record(&self.events[self.used])?;
-        self.used += 1;
+        self.events.push(self.cuda.mark(true)?);
         Ok(())
     }
 }
@@ -55,8 +48,8 @@ impl Clock for GpuClock {
 
     fn read(&mut self) -> Result<Vec<f64>> {
         self.cuda.synchronize()?;
-        let used = std::mem::take(&mut self.used);
-        self.events[..used].chunks_exact(2).map(|pair| pair[0].elapsed_ms(&pair[1])).collect()
+        let events = std::mem::take(&mut self.events);
+        events.chunks_exact(2).map(|pair| pair[0].elapsed_ms(&pair[1])).collect()
     }
 
     fn capture(&mut self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Replay>> {

@@ -101,9 +101,7 @@ impl Lane {
     /// If the device fails.
     pub fn record(&self, timed: bool) -> Result<Mark> {
         let Some(cuda) = self.as_cuda() else { return Ok(Mark(Point::Past(Instant::now()))) };
-        let event = if timed { cuda.timer()? } else { cuda.event()? };
-        cuda.record(&event)?;
-        Ok(Mark(Point::Event(Arc::new(event))))
+        Ok(Mark(Point::Event(Arc::new(cuda.mark(timed)?))))
     }
 
     /// Holds what will be issued on this lane back until `mark` has been reached. Does not wait itself.

@@ -117,8 +117,6 @@ struct State {
     /// The call that a host thread is in.
     calls: Vec<(u64, String, Instant)>,
     next_call: u64,
-    /// Events to be used again.
-    events: Vec<Event>,
     /// Why nothing goes on.
     failure: Option<String>,
     /// When the process is to have ended.
@@ -191,10 +189,7 @@ impl Watch {
         if self.timeout.is_none() {
             return Ok(None);
         }
-        let known = self.lock().events.pop();
-        let event = known.map_or_else(|| cuda.event(), Ok)?;
-        cuda.record(&event)?;
-        Ok(Some(event))
+        cuda.mark(false).map(Some)
     }
 
     /// Watches over a collective between two events.
@@ -331,11 +326,10 @@ impl Watch {
             let calls = state.calls.iter().map(|(_, what, since)| (format!("the call of {what}"), *since));
             (taken, calls.collect::<Vec<_>>())
         };
-        let mut free = Vec::new();
         for (_, pending) in &mut taken {
             // A device that has failed says so to whoever uses it next.
             let done = pending.iter().take_while(|p| p.ended.is_done().unwrap_or(false)).count();
-            free.extend(pending.drain(..done).flat_map(|p| [p.started, p.ended]));
+            pending.drain(..done);
             if let Some(first) = pending.front_mut()
                 && first.started.is_done().unwrap_or(false)
             {
@@ -343,7 +337,6 @@ impl Watch {
             }
         }
         let mut state = self.lock();
-        state.events.append(&mut free);
         for (raw, mut pending) in taken {
             if let Some(comm) = state.comms.iter_mut().find(|c| c.raw == raw) {
                 pending.append(&mut comm.pending);

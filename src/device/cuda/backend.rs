@@ -7,6 +7,7 @@ use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::args::{Args, suffix};
 use super::blas::Blas;
+use super::event::Events;
 use super::pool::{Pool, Usage};
 use super::{CudaError, Launch, Modules, open};
 use crate::error::{Error, Result, config_err, shape_err};
@@ -29,6 +30,7 @@ struct Inner {
     /// What tensors are allocated from: the lane's own pool, or a graph's while it is captured.
     pool: Mutex<Arc<Pool>>,
     blas: Blas,
+    events: Arc<Events>,
     share: Share,
 }
 
@@ -92,7 +94,8 @@ impl Cuda {
     pub fn with_modules(&self, modules: Arc<Modules>) -> Result<Self> {
         let (context, stream, pool) = (self.0.context.clone(), self.0.stream.clone(), self.pool());
         let blas = Blas::new(&stream, &pool, self.0.share.multiprocessors)?;
-        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas, share: self.0.share })))
+        let (pool, events, share) = (Mutex::new(pool), self.0.events.clone(), self.0.share);
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas, events, share })))
     }
 
     fn on(context: Arc<CudaContext>, modules: Arc<Modules>, share: Share) -> Result<Self> {
@@ -107,7 +110,8 @@ impl Cuda {
         let stream = stream.map_err(CudaError::driver("creating a stream"))?;
         let pool = Pool::new(context.clone());
         let blas = Blas::new(&stream, &pool, share.multiprocessors)?;
-        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool: Mutex::new(pool), blas, share })))
+        let (pool, events) = (Mutex::new(pool), Arc::default());
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas, events, share })))
     }
 
     /// The GPU's number.
@@ -148,6 +152,10 @@ impl Cuda {
     #[must_use]
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.0.stream
+    }
+
+    pub(super) fn events(&self) -> &Arc<Events> {
+        &self.0.events
     }
 
     pub(super) fn blas(&self) -> &Blas {

@@ -10,12 +10,11 @@ use super::support::gpu;
 /// The median of the times of `launch`, in seconds.
 pub(super) fn seconds(lane: &Cuda, launch: &dyn Fn()) -> f64 {
     launch();
-    let (start, end) = (lane.timer().unwrap(), lane.timer().unwrap());
     let mut times: Vec<f64> = (0..15)
         .map(|_| {
-            lane.record(&start).unwrap();
+            let start = lane.mark(true).unwrap();
             launch();
-            lane.record(&end).unwrap();
+            let end = lane.mark(true).unwrap();
             start.elapsed_ms(&end).unwrap() * 1e-3
         })
         .collect();

@@ -110,12 +110,11 @@ fn time(shape: &str) {
     let s = Subject::new(&config, shape.tokens);
     s.run().unwrap();
     let (graph, _outputs) = s.cuda.capture(&[], || s.run()).unwrap();
-    let (start, end) = (s.cuda.timer().unwrap(), s.cuda.timer().unwrap());
     let mut times: Vec<f64> = (0..24)
         .map(|_| {
-            s.cuda.record(&start).unwrap();
+            let start = s.cuda.mark(true).unwrap();
             graph.replay().unwrap();
-            s.cuda.record(&end).unwrap();
+            let end = s.cuda.mark(true).unwrap();
             // A card at work without a pause lowers its clocks; a profiler, which measures kernels one by one, lets it rest.
             std::thread::sleep(std::time::Duration::from_millis(30));
             start.elapsed_ms(&end).unwrap() * 1e3
