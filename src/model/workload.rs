@@ -28,9 +28,7 @@ impl ModelConfig {
         if !tokens.is_multiple_of(mp) {
             config_err!("{batch} sequences of {seq} tokens with mp = {mp}: it divides the tokens");
         }
-        if !self.heads.is_multiple_of(mp) || !self.ffn.is_multiple_of(mp) {
-            config_err!("{} heads and ffn = {} with mp = {mp}: it divides both", self.heads, self.ffn);
-        }
+        self.check_mp(mp)?;
         let mut blocks: Vec<BlockShape> = (0..self.layers).map(|i| self.block(i, seq, tokens, mp, kind)).collect();
         let embedding = (self.vocab * self.hidden) as u64;
         let positions = if self.arch == Arch::Gpt2 { self.max_seq * self.hidden } else { 0 } as u64;
