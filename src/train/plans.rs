@@ -152,3 +152,54 @@ fn shape(
     });
     shape
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::Init;
+    use crate::comm::{Sizes, local};
+    use crate::device::Lane;
+    use crate::model::{Arch, ModelConfig, preset};
+    use crate::tensor::DType;
+
+    /// What ranks really have, against what the settings say.
+    #[test]
+    fn volumes_of_ranks_are_those_of_their_parts() {
+        let mixtral = ModelConfig { shared_experts: 1, ..preset("mixtral-tiny").unwrap() };
+        for (model, mp) in [
+            (preset("gpt2-moe-tiny").unwrap(), 2),
+            (ModelConfig { moe_every: 4, ..mixtral.clone() }, 2),
+            // Two ranks to each head of keys and values.
+            (mixtral, 4),
+        ] {
+            let topology = Topology::new(Sizes::new(4, 2, mp, 2, 1)).unwrap();
+            let direct = AllToAllKind::Direct;
+            let nominal = model.workload(1, 16, &topology, direct).unwrap();
+            let (all, parameters) = local::run(4, Duration::from_secs(20), |world| {
+                let parallel = Parallel::new(&Lane::cpu(), world, topology, direct.build())?;
+                let part = Transformer::on_ranks(&Init::zeros(&Lane::cpu(), DType::F32), &model, &parallel)?;
+                let parameters: usize = part.parameters().iter().map(Parameter::elements).sum();
+                Ok((block_shapes(&part, 16, &topology, direct), parameters as u64))
+            })
+            .unwrap()
+            .pop()
+            .unwrap();
+            assert_eq!(parameters, model.rank_parameters(topology.sizes()));
+            let bytes: u64 = all.iter().map(|b| b.sharded / mp as u64 + b.replicated).sum();
+            let experts = model.moe_layers() * model.moe.experts / 2 * model.hidden * model.ffn;
+            let matrices = if model.arch == Arch::Gpt2 { 2 } else { 3 };
+            assert_eq!(bytes + (experts * matrices) as u64, parameters);
+            let blocks = model.layers;
+            for (real, said) in all[..blocks].iter().zip(&nominal) {
+                // The mixing of values is no product with a parameter.
+                let mixed = said.gemms[1] + said.gemms[2];
+                let products = |shape: &BlockShape| shape.gemms.iter().sum::<f64>();
+                assert_eq!(products(real), products(said) - mixed);
+                assert_eq!(
+                    (real.mp_reduced, real.mp_gathered, real.moe),
+                    (said.mp_reduced, said.mp_gathered, said.moe)
+                );
+            }
+        }
+    }
+}
