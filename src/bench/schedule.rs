@@ -341,6 +341,13 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
     Ok(Outcome { rows, timelines, measured, difference })
 }
 
+/// Before ranks are started that emulate: what they really compute is small, and an operation that is shared out to several
+/// threads would only keep more of them waiting for the cores. Nothing is changed where operations have run already.
+pub fn prepare_emulation() {
+    // Who has made the pool before has chosen its size.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(1).build_global();
+}
+
 struct Row<'a> {
     shape: &'a Shape,
     device: &'a str,

@@ -74,6 +74,9 @@ impl Schedule {
             trace: self.trace.is_some(),
             emulate,
         };
+        if settings.emulate.is_some() {
+            schedule::prepare_emulation();
+        }
         let mut shapes = self.shape;
         if shapes.is_empty() {
             shapes = Shape::defaults(settings.emulate.is_some(), cpu)?;

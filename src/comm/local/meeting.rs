@@ -5,6 +5,7 @@ use super::staging::Staged;
 use crate::device::Mark;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
+use std::cell::Cell;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -30,6 +31,17 @@ struct WorldState {
 
 /// How often a rank that keeps looking pauses between looks.
 const SPINS: usize = 50;
+
+thread_local! {
+    /// How long this thread has waited for ranks that came later than it did.
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// How long this thread has waited, in all, for ranks that came to a meeting later: what it was held up by them, and not by
+/// its own work.
+pub(crate) fn waited() -> Duration {
+    WAITED.get()
+}
 
 /// Why a world is of no more use.
 #[derive(Clone)]
@@ -94,6 +106,8 @@ struct State {
     left: Vec<bool>,
     /// The number of meetings held.
     held: u64,
+    /// When that was.
+    when: Instant,
     /// What came of the last meeting. Members take it before they can come to the next, so it stays until all have.
     outcome: Result<Arc<Vec<Brought>>, String>,
 }
@@ -159,6 +173,7 @@ impl Group {
             brought: vec![None; ranks.len()],
             left: vec![false; ranks.len()],
             held: 0,
+            when: Instant::now(),
             outcome: Err("no meeting was held".to_owned()),
         };
         let (state, changed) = (Mutex::new(state), Condvar::new());
@@ -194,10 +209,12 @@ impl Group {
             let all: Vec<Brought> = state.brought.iter_mut().filter_map(Option::take).collect();
             state.outcome = self.compare(&all).map(|()| Arc::new(all));
             state.held += 1;
+            state.when = Instant::now();
             self.changed.notify_all();
         }
         loop {
             if state.held != meeting {
+                WAITED.set(WAITED.get() + state.when.saturating_duration_since(begin));
                 return state.outcome.clone();
             }
             if let Some(failure) = self.world.failure() {

@@ -16,6 +16,7 @@ use crate::device::Lane;
 use crate::device::cuda::Share;
 use crate::error::{Error, Result, config_err};
 use crate::tensor::Tensor;
+pub(crate) use meeting::waited;
 use meeting::{Brought, Call, Failure, Group, World};
 use staging::Staging;
 use std::any::Any;

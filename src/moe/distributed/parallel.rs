@@ -1,6 +1,7 @@
 //! What the layers of one rank share: its groups, its lanes, and the all-to-all.
 
 use super::GradientBuffers;
+use crate::comm::local::waited;
 use crate::comm::{AllToAll, Communicator, GroupKind, Groups, Topology};
 use crate::device::cuda::Share;
 use crate::device::{Lane, LaneKind, Mark};
@@ -33,7 +34,24 @@ pub struct Parallel {
 struct DensePart {
     op: LayerOp,
     start: Mark,
-    began: Instant,
+    began: Began,
+}
+
+/// Work on this thread that is timed: without what other ranks keep it waiting for.
+#[derive(Clone, Copy)]
+struct Began {
+    at: Instant,
+    waited: Duration,
+}
+
+impl Began {
+    fn now() -> Self {
+        Began { at: Instant::now(), waited: waited() }
+    }
+
+    fn worked(&self) -> Duration {
+        self.at.elapsed().saturating_sub(waited().saturating_sub(self.waited))
+    }
 }
 
 /// A machine that is not there.
@@ -45,16 +63,20 @@ struct Emulation {
 }
 
 impl Emulation {
-    /// Waits until a task that began at `start` and has been done would have ended.
-    fn wait(&self, op: &LayerOp, start: Instant, cancel: &Cancel) -> Result<()> {
-        let due = start + Duration::try_from_secs_f64((self.cost)(op)).unwrap_or_default();
-        self.count(1, usize::from(Instant::now() > due));
-        cancel.sleep_until(due)
+    fn due(&self, op: &LayerOp) -> Duration {
+        Duration::try_from_secs_f64((self.cost)(op)).unwrap_or_default()
     }
 
-    fn count(&self, tasks: usize, overran: usize) {
-        self.tasks.fetch_add(tasks, Ordering::Relaxed);
-        self.overran.fetch_add(overran, Ordering::Relaxed);
+    /// Counts a task that has been done: it overran if its own work took longer than its cost.
+    fn count(&self, op: &LayerOp, began: Began) {
+        self.tasks.fetch_add(1, Ordering::Relaxed);
+        self.overran.fetch_add(usize::from(began.worked() > self.due(op)), Ordering::Relaxed);
+    }
+
+    /// Counts a task that has been done, and waits until it would have ended.
+    fn wait(&self, op: &LayerOp, began: Began, cancel: &Cancel) -> Result<()> {
+        self.count(op, began);
+        cancel.sleep_until(began.at + self.due(op))
     }
 }
 
@@ -162,10 +184,10 @@ impl Parallel {
                 let (trace, cancel) = (self.trace.clone(), self.cancel.clone());
                 let emulation = locked(&self.emulation).clone();
                 Reducing::Thread(threads.submit(kind, move || {
-                    let (op, start) = (LayerOp::Reduce(slice), Instant::now());
+                    let (op, began) = (LayerOp::Reduce(slice), Began::now());
                     reduce()?;
-                    emulation.map_or(Ok(()), |e| e.wait(&op, start, &cancel))?;
-                    let span = (op.to_string(), kind, Mark::at(start), Mark::at(Instant::now()));
+                    emulation.map_or(Ok(()), |e| e.wait(&op, began, &cancel))?;
+                    let span = (op.to_string(), kind, Mark::at(began.at), Mark::at(Instant::now()));
                     note(&trace, std::iter::once(span));
                     Ok(())
                 }))
@@ -220,10 +242,13 @@ impl Parallel {
                 let begin = Instant::now();
                 let ended = match locked(&self.emulation).clone() {
                     None => threads.run(graph, &self.cancel, one),
-                    Some(e) => threads.emulate(graph, &self.cancel, &e.cost, one).map(|(timeline, overran)| {
-                        e.count(graph.len(), overran);
-                        timeline
-                    }),
+                    Some(e) => {
+                        let counted = |id, op: &LayerOp| {
+                            let began = Began::now();
+                            one(id, op).inspect(|()| e.count(op, began))
+                        };
+                        threads.emulate(graph, &self.cancel, &e.cost, counted).map(|(timeline, _)| timeline)
+                    }
                 };
                 ended.map(|timeline| {
                     let at = |seconds| Mark::at(begin + Duration::from_secs_f64(seconds));
@@ -278,7 +303,7 @@ impl Parallel {
             }
         }
         if let (Some(op), true) = (next, traced || emulation.is_some()) {
-            *locked(&self.dense) = Some(DensePart { op, start: mark()?, began: Instant::now() });
+            *locked(&self.dense) = Some(DensePart { op, start: mark()?, began: Began::now() });
         }
         Ok(())
     }
@@ -297,7 +322,8 @@ impl Parallel {
         Ok(())
     }
 
-    /// Of how many tasks that have been emulated how many overran: their work alone took longer than their cost.
+    /// Of how many tasks that have been emulated how many overran: their work alone, without what they waited for other
+    /// ranks, took longer than their cost.
     pub fn overruns(&self) -> (usize, usize) {
         let count = |e: &Arc<Emulation>| (e.tasks.load(Ordering::Relaxed), e.overran.load(Ordering::Relaxed));
         locked(&self.emulation).as_ref().map_or((0, 0), count)
