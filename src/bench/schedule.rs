@@ -331,8 +331,8 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
     for ((plan, times), (tasks, overran)) in plans.iter().zip(times).zip(counts) {
         // The slowest rank's, step by step.
         let times = largest(&**parallel.groups().world(), lane, &times)?;
-        let sum = |n: usize| sum(parallel, n as f64);
-        let (tasks, overran) = (sum(tasks)?, sum(overran)?);
+        let sums = stack.ranks.sums(lane, &[tasks as f64, overran as f64])?;
+        let (tasks, overran) = (sums[0], sums[1]);
         let row = Row { shape, device: &device, parallel, plan: &plan.plan, all_to_all };
         rows.push(row.of(Spread::of(times), (tasks > 0.0).then(|| 100.0 * overran / tasks)));
     }
@@ -383,14 +383,6 @@ impl Row<'_> {
             valid: overran_percent.is_none_or(|percent| percent < 1.0),
         }
     }
-}
-
-/// The sum of a number over ranks.
-fn sum(parallel: &Parallel, value: f64) -> Result<f64> {
-    let lane = parallel.lane(LaneKind::Compute);
-    let all = lane.to_device(&Tensor::from_slice(&[value], [1])?)?;
-    parallel.groups().world().all_reduce(lane, &all)?;
-    Ok(lane.to_host(&all)?.to_vec::<f64>()?[0])
 }
 
 /// At how many bytes of a nominal model's gradients, and of its image's, the same parts end: by group.

@@ -76,11 +76,11 @@ impl CpuLanes {
         cancel: &Cancel,
         task: impl Fn(TaskId, &Op) -> Result<()> + Sync,
     ) -> Result<Timeline> {
-        self.execute(graph, cancel, None, &task).map(|(timeline, _)| timeline)
+        self.execute(graph, cancel, None, &task)
     }
 
     /// The same, on a machine that is not there: after its work every task waits until its start plus its `cost` in
-    /// seconds. Also returns how many tasks overran, their work alone having taken longer.
+    /// seconds, or ends with its work where that takes longer.
     ///
     /// # Errors
     /// As [`CpuLanes::run`].
@@ -90,7 +90,7 @@ impl CpuLanes {
         cancel: &Cancel,
         cost: impl Fn(&Op) -> f64 + Sync,
         task: impl Fn(TaskId, &Op) -> Result<()> + Sync,
-    ) -> Result<(Timeline, usize)> {
+    ) -> Result<Timeline> {
         self.execute(graph, cancel, Some(&cost), &task)
     }
 
@@ -100,15 +100,15 @@ impl CpuLanes {
         cancel: &Cancel,
         cost: Option<&(dyn Fn(&Op) -> f64 + Sync)>,
         task: &(dyn Fn(TaskId, &Op) -> Result<()> + Sync),
-    ) -> Result<(Timeline, usize)> {
+    ) -> Result<Timeline> {
         let (times, start) = (vec![None; graph.len()], Instant::now());
-        let progress = Mutex::new(Progress { times, overran: 0, failure: None });
+        let progress = Mutex::new(Progress { times, failure: None });
         let run = Run { rank: &self.name, graph, cancel, cost, task, start, progress, changed: Condvar::new() };
         self.on_every_lane(&|lane| run.lane(lane))?;
-        let Progress { times, overran, failure } = run.progress.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Progress { times, failure } = run.progress.into_inner().unwrap_or_else(PoisonError::into_inner);
         failure.map_or(Ok(()), Err)?;
         // Without a failure every task has ended.
-        Ok((Timeline::of(graph, times.into_iter().flatten()), overran))
+        Ok(Timeline::of(graph, times.into_iter().flatten()))
     }
 
     /// Calls `work` on every lane's thread and waits for all of them.
@@ -165,7 +165,6 @@ struct Run<'a, Op> {
 struct Progress {
     /// Start and end of every task that has ended.
     times: Vec<Option<(f64, f64)>>,
-    overran: usize,
     failure: Option<Error>,
 }
 
@@ -201,15 +200,12 @@ impl<Op: Display> Run<'_, Op> {
                 Error::Task { task: format!("{op} ({})", lane_name(self.graph.lane(id))), source: Box::new(error) }
             }
         })?;
-        let mut overran = false;
         if let Some(cost) = self.cost {
             let due = start + Duration::try_from_secs_f64(cost(op)).unwrap_or_default();
-            overran = self.start.elapsed() > due;
             self.cancel.sleep_until(self.start + due)?;
         }
         let mut progress = locked(&self.progress);
         progress.times[id.index()] = Some((start.as_secs_f64(), self.start.elapsed().as_secs_f64()));
-        progress.overran += usize::from(overran);
         drop(progress);
         self.changed.notify_all();
         Ok(())

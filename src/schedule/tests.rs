@@ -509,7 +509,7 @@ fn plans_run_on_threads() {
         let graph = step_graph(&*policy, &model, &plan).unwrap();
         lanes.run(&graph, &Cancel::new(), |_, _| Ok(())).unwrap().check(&graph, 0.0).unwrap();
         let cost = |op: &LayerOp| model.seconds(op);
-        let (timeline, _) = lanes.emulate(&graph, &Cancel::new(), cost, |_, _| Ok(())).unwrap();
+        let timeline = lanes.emulate(&graph, &Cancel::new(), cost, |_, _| Ok(())).unwrap();
         timeline.check(&graph, 0.0).unwrap();
         assert!(timeline.makespan() >= plan.seconds, "{}: {} s", policy.name(), timeline.makespan());
     }

@@ -156,7 +156,10 @@ impl Ranks {
     }
 
     /// The sums over ranks of some numbers.
-    fn sums(&self, lane: &Lane, values: &[f64]) -> Result<Vec<f64>> {
+    ///
+    /// # Errors
+    /// If a rank fails or never comes.
+    pub(crate) fn sums(&self, lane: &Lane, values: &[f64]) -> Result<Vec<f64>> {
         let all = lane.to_device(&Tensor::from_slice(values, [values.len()])?)?;
         self.parallel.groups().world().all_reduce(lane, &all)?;
         lane.to_host(&all)?.to_vec()

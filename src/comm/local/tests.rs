@@ -287,3 +287,20 @@ fn one_rank_may_not_have_two_collectives_of_a_group_pending() {
     assert!(message.contains("rank 1 has left") || message.contains("barrier pending"), "{message}");
     assert!(first.join().unwrap().is_err());
 }
+
+/// What a rank is held up by one that comes later is told apart from its own work.
+#[test]
+fn waiting_for_a_later_rank_is_counted() {
+    let late = Duration::from_millis(80);
+    let waits = run(2, Duration::from_secs(20), |world| {
+        world.barrier(&Lane::cpu())?;
+        let before = waited();
+        if world.rank() == 1 {
+            std::thread::sleep(late);
+        }
+        world.barrier(&Lane::cpu())?;
+        Ok(waited() - before)
+    })
+    .unwrap();
+    assert!(waits[0] >= late / 2 && waits[1] < late / 2, "{waits:?}");
+}

@@ -247,7 +247,7 @@ impl Parallel {
                             let began = Began::now();
                             one(id, op).inspect(|()| e.count(op, began))
                         };
-                        threads.emulate(graph, &self.cancel, &e.cost, counted).map(|(timeline, _)| timeline)
+                        threads.emulate(graph, &self.cancel, &e.cost, counted)
                     }
                 };
                 ended.map(|timeline| {

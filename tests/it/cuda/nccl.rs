@@ -189,7 +189,7 @@ fn check(comm: &dyn Communicator, lane: &Lane, dtype: DType, n: usize) -> Result
     let recv = empty(n)?;
     comm.reduce_scatter(lane, &mine(p * n)?, &recv)?;
     assert_is(lane, "reduce-scatter", &recv, &(me * n..(me + 1) * n).map(sum).collect::<Vec<_>>())?;
-    // These are summed by our kernels, of which a GPU has none for f64.
+    // These are summed by our kernels; on a GPU in f64 only statistics are, which are not ragged.
     if dtype != DType::F64 || lane.place() == fsmoe::tensor::Place::Cpu {
         let sends: Vec<Tensor> = (0..p).map(|to| mine(to * n)).collect::<Result<_>>()?;
         let recv = empty(me * n)?;
