@@ -11,8 +11,10 @@ use std::sync::{Arc, OnceLock};
 /// The ranks over which a parameter's gradient is summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReduceGroup {
-    /// Held by every rank: routers, norms, embeddings, dense layers (DP × MP).
+    /// Held by every rank: routers, norms, embeddings, dense layers where no MP ranks share them (DP × MP).
     Replicated,
+    /// An MP rank's part of a matrix or bias of a dense layer: the ranks that hold the same part (DP).
+    Sharded,
     /// An expert's weights: the ranks that hold the same expert.
     Expert,
 }

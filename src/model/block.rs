@@ -4,10 +4,11 @@ use super::attention::{Attention, Cache};
 use super::config::{Arch, ModelConfig};
 use super::ffn::Ffn;
 use super::norm::Norm;
+use super::parallel::{MpGroup, Shards};
 use crate::autograd::{Init, Parameter, Tape, Var};
 use crate::device::Lane;
 use crate::error::Result;
-use crate::moe::distributed::{DistributedMoe, LayerPlan, Parallel};
+use crate::moe::distributed::{DistributedMoe, LayerPlan, Parallel, Sharding};
 use crate::moe::{MoeLayer, MoeOutput, Routing, StepContext};
 use crate::schedule::{LayerOp, Pass};
 use crate::tensor::{DType, Tensor};
@@ -19,6 +20,8 @@ pub struct Block {
     attention: Attention,
     ffn_norm: Norm,
     feed_forward: FeedForward,
+    /// Of the dense part.
+    shards: Shards,
 }
 
 enum FeedForward {
@@ -111,10 +114,11 @@ impl Block {
         Self::on(init, config, layer, None)
     }
 
-    /// [`Block::new`] with the MoE layer over the ranks of a world; everything else each rank has for itself.
+    /// [`Block::new`] over the ranks of a world: of the MoE layer, attention and dense FFNs a rank has a part, norms it has
+    /// whole.
     ///
     /// # Errors
-    /// As [`Block::new`], and if the layer does not fit the world.
+    /// As [`Block::new`], and if the block does not fit the world.
     pub(super) fn on(
         init: &Init,
         config: &ModelConfig,
@@ -122,6 +126,9 @@ impl Block {
         parallel: Option<&Arc<Parallel>>,
     ) -> Result<Self> {
         config.validate()?;
+        let (mp, mut shards) = (MpGroup::new(parallel), Shards::new());
+        config.check_mp(mp.size())?;
+        let mut dense = |init: &Init, width| Ffn::new(init, config, width, &mp, &mut shards);
         let (attention_norm, attention, ffn_norm, moe) = match config.arch {
             Arch::Gpt2 => ("ln_1", "attn", "ln_2", "moe"),
             Arch::Mixtral => ("input_layernorm", "self_attn", "post_attention_layernorm", "block_sparse_moe"),
@@ -134,28 +141,54 @@ impl Block {
                     None => Moe::Single(MoeLayer::new(&init, &config.moe_layer())?),
                     Some(parallel) => Moe::Ranks(DistributedMoe::new(&init, &config.moe_layer(), parallel)?),
                 },
-                shared: (width > 0).then(|| Ffn::new(&init.child("shared_expert"), config, width)).transpose()?,
+                shared: (width > 0).then(|| dense(&init.child("shared_expert"), width)).transpose()?,
             }
         } else {
             let ranks = parallel.map(|parallel| OnRank { parallel: parallel.clone(), plan: Mutex::default() });
-            FeedForward::Dense { ffn: Ffn::new(&init.child("mlp"), config, config.ffn)?, ranks: ranks.map(Arc::new) }
+            FeedForward::Dense { ffn: dense(&init.child("mlp"), config.ffn)?, ranks: ranks.map(Arc::new) }
         };
         Ok(Block {
             attention_norm: Norm::new(&init.child(attention_norm), config)?,
-            attention: Attention::new(&init.child(attention), config)?,
+            attention: Attention::new(&init.child(attention), config, &mp, &mut shards)?,
             ffn_norm: Norm::new(&init.child(ffn_norm), config)?,
             feed_forward,
+            shards,
         })
+    }
+
+    /// Its dense FFN, or shared expert.
+    fn ffn(&self) -> Option<&Ffn> {
+        match &self.feed_forward {
+            FeedForward::Dense { ffn, .. } => Some(ffn),
+            FeedForward::Moe { shared, .. } => shared.as_ref(),
+        }
     }
 
     /// Its parameters but for the MoE layer's gate and experts, in the order of the computation.
     pub fn dense_parameters(&self) -> Vec<Parameter> {
-        let feed_forward = match &self.feed_forward {
-            FeedForward::Dense { ffn, .. } => ffn.parameters(),
-            FeedForward::Moe { shared, .. } => shared.as_ref().map_or(Vec::new(), Ffn::parameters),
-        };
         let norms = (self.attention_norm.parameters(), self.ffn_norm.parameters());
-        [norms.0, self.attention.parameters(), norms.1, feed_forward].concat()
+        [norms.0, self.attention.parameters(), norms.1, self.ffn().map_or(Vec::new(), Ffn::parameters)].concat()
+    }
+
+    /// Those of the dense parameters that every MP rank has whole and a part of whose gradient it has: keys' and values',
+    /// where MP ranks share heads of them. Of the others it has a part, or the whole gradient.
+    pub fn shared_parameters(&self) -> Vec<Parameter> {
+        self.attention.shared_parameters()
+    }
+
+    /// Which dense parameters are divided among MP ranks, and how, by name.
+    pub fn dense_shards(&self) -> &[(String, Sharding)] {
+        &self.shards
+    }
+
+    /// The elements of the dense part's matrices that this rank's tokens are multiplied with.
+    pub(crate) fn dense_products(&self) -> Vec<usize> {
+        [self.attention.products(), self.ffn().map_or(Vec::new(), Ffn::products)].concat()
+    }
+
+    /// How often the MP group sums activations in a forward, and as often in a backward.
+    pub(crate) fn mp_sums(&self) -> usize {
+        1 + usize::from(self.ffn().is_some())
     }
 
     /// Its parameters, in the order of the computation.

@@ -1,5 +1,6 @@
 //! A model's settings, and what follows from them without building it: parameter counts and FLOPs.
 
+use crate::comm::Sizes;
 use crate::error::{Result, config_err};
 use crate::moe::MoeConfig;
 use crate::moe::expert::ExpertKind;
@@ -169,6 +170,20 @@ impl ModelConfig {
     /// SoftMoE, whose tokens mix the outputs of all experts, all of them.
     pub fn active_parameters(&self) -> u64 {
         self.count(self.active_experts())
+    }
+
+    /// The parameters that each rank of a world has: its part of experts, attention and dense FFNs, all others whole.
+    pub fn rank_parameters(&self, sizes: Sizes) -> u64 {
+        let Sizes { mp, ep, esp, .. } = sizes;
+        let (m, layers, with_moe) = (self.hidden, self.layers, self.moe_layers());
+        let (matrices, bias) = if self.moe.expert == ExpertKind::Gpt { (2, 1) } else { (3, 0) };
+        let experts = with_moe * self.moe.experts * matrices * m * self.ffn;
+        let kv_heads = if self.kv_heads.is_multiple_of(mp) { self.kv_heads } else { 0 };
+        let qkv = (self.heads + 2 * kv_heads) * self.head_dim();
+        let attention = m * qkv + m * m + if self.arch == Arch::Gpt2 { qkv } else { 0 };
+        let width = (layers - with_moe + with_moe * self.shared_experts) * self.ffn;
+        let dense = layers * attention + width * (matrices * m + bias);
+        self.total_parameters() - (experts - experts / (ep * esp) + dense - dense / mp) as u64
     }
 
     /// FLOPs of one token's forward and backward in sequences of `seq` tokens: six per parameter of a matrix it is

@@ -6,6 +6,7 @@ pub mod checkpoint;
 mod config;
 mod ffn;
 mod norm;
+mod parallel;
 mod presets;
 mod sample;
 mod transformer;

@@ -64,11 +64,12 @@ impl Transformer {
         Self::on(init, config, None)
     }
 
-    /// One rank's part of a model whose MoE layers are over the ranks of a world; everything else each rank has for itself.
-    /// Weights are those that one rank alone would have, names as well.
+    /// One rank's part of a model over the ranks of a world: of the MoE layers, and, among the ranks of an MP group, of
+    /// attention and dense FFNs; embeddings, norms and the output projection each rank has whole. Weights are those that one
+    /// rank alone would have, names as well.
     ///
     /// # Errors
-    /// As [`Transformer::new`], and if an MoE layer does not fit the world.
+    /// As [`Transformer::new`], and if the model does not fit the world.
     pub fn on_ranks(init: &Init, config: &ModelConfig, parallel: &Arc<Parallel>) -> Result<Self> {
         Self::on(init, config, Some(parallel))
     }

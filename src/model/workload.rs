@@ -28,9 +28,7 @@ impl ModelConfig {
         if !tokens.is_multiple_of(mp) {
             config_err!("{batch} sequences of {seq} tokens with mp = {mp}: it divides the tokens");
         }
-        if !self.heads.is_multiple_of(mp) || !self.ffn.is_multiple_of(mp) {
-            config_err!("{} heads and ffn = {} with mp = {mp}: it divides both", self.heads, self.ffn);
-        }
+        self.check_mp(mp)?;
         let mut blocks: Vec<BlockShape> = (0..self.layers).map(|i| self.block(i, seq, tokens, mp, kind)).collect();
         let embedding = (self.vocab * self.hidden) as u64;
         let positions = if self.arch == Arch::Gpt2 { self.max_seq * self.hidden } else { 0 } as u64;
@@ -52,15 +50,18 @@ impl ModelConfig {
     fn block(&self, block: usize, seq: usize, tokens: usize, mp: usize, kind: AllToAllKind) -> BlockShape {
         let (m, gpt2) = (self.hidden, self.arch == Arch::Gpt2);
         let qkv = (self.heads + 2 * self.kv_heads) * self.head_dim();
+        // MP ranks that share a head of keys and values compute it each, and have its weights whole.
+        let shared = if self.kv_heads.is_multiple_of(mp) { 0 } else { 2 * self.kv_heads * self.head_dim() };
+        let computed = (self.heads + 2 * self.kv_heads.max(mp)) * self.head_dim();
         let matrices = if self.moe.expert == ExpertKind::Gpt { 2 } else { 3 };
         // Causal scores, and the sums they weight: half of a full product each.
         let mixed = product(tokens, m, seq) / 2.0;
         let mut shape = BlockShape {
-            gemms: vec![product(tokens, m, qkv), mixed, mixed, product(tokens, m, m)],
+            gemms: vec![product(tokens, m, computed), mixed, mixed, product(tokens, m, m)],
             mp_reduced: tokens * m,
             mp_gathered: 0,
-            sharded: (m * qkv + m * m) as u64,
-            replicated: 2 * self.norm() + if gpt2 { qkv + m } else { 0 } as u64,
+            sharded: (m * (qkv - shared) + m * m) as u64,
+            replicated: 2 * self.norm() + (m * shared + if gpt2 { qkv + m } else { 0 }) as u64,
             moe: None,
         };
         let mut dense = |width: usize| {

@@ -133,7 +133,7 @@ settings! {
     nodes: usize,
     /// Data-parallel ranks: has to be the ranks over --mp
     dp: usize,
-    /// Ranks that have the same tokens and share an MoE layer's work on them (1)
+    /// Ranks that have the same tokens and share the work on them: attention heads, dense FFNs, an MoE layer's tokens (1)
     mp: usize,
     /// Ranks that the experts are divided among (as many as the ranks over --esp and the experts allow)
     ep: usize,

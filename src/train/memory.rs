@@ -1,6 +1,8 @@
 //! How much device memory a run needs: known for what is kept per parameter, estimated for activations.
 
 use super::config::TrainConfig;
+use super::world::CommKind;
+use crate::comm::Sizes;
 use crate::device::Lane;
 use crate::error::{Result, config_err};
 use crate::model::ModelConfig;
@@ -13,7 +15,7 @@ use std::fmt;
 /// What cuBLAS is given.
 const WORKSPACE: u64 = 32 << 20;
 
-/// Bytes of device memory that a training run needs.
+/// Bytes of device memory that each rank of a training run needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// The parameters, in their type.
@@ -37,14 +39,15 @@ impl MemoryEstimate {
     /// Of a run with these settings.
     pub fn new(config: &TrainConfig, model: &ModelConfig) -> Self {
         let (own, acc) = (config.dtype.size() as u64, config.dtype.accumulate().size() as u64);
-        let parameters = model.total_parameters();
-        let tokens = (config.batch * config.seq) as u64;
+        let sizes = config.world.sizes;
+        let parameters = model.rank_parameters(sizes);
+        let tokens = (config.batch / sizes.dp * config.seq) as u64;
         MemoryEstimate {
             parameters: parameters * own,
             gradients: parameters * own,
             moments: 2 * parameters * acc,
             masters: if own == acc { 0 } else { parameters * acc },
-            activations: activations(model, tokens, own, acc),
+            activations: activations(model, tokens, sizes, own, acc),
             logits: 2 * tokens * model.vocab as u64 * own,
             workspace: WORKSPACE,
         }
@@ -94,26 +97,27 @@ impl fmt::Display for MemoryEstimate {
 }
 
 /// What the tape keeps of all blocks, and as much again as the largest block keeps, for gradients under way. `own` and
-/// `acc` are sizes of one value.
-fn activations(model: &ModelConfig, tokens: u64, own: u64, acc: u64) -> u64 {
-    let (m, h) = (model.hidden as u64, model.ffn as u64);
-    let qkv = ((model.heads + 2 * model.kv_heads) * model.head_dim()) as u64;
-    // x and its norm; q, k, v and the mix of values; x and its norm again, before the FFN.
-    let attention = tokens * (5 * m + qkv) * own + tokens * model.heads as u64 * acc;
+/// `acc` are sizes of one value, `tokens` those of an MP group.
+fn activations(model: &ModelConfig, tokens: u64, sizes: Sizes, own: u64, acc: u64) -> u64 {
+    let (m, h, mp, esp) = (model.hidden as u64, model.ffn as u64, sizes.mp as u64, sizes.esp as u64);
+    let qkv = ((model.heads + 2 * model.kv_heads.max(sizes.mp)) * model.head_dim()) as u64;
+    // x and its norm; q, k, v and the mix of values, of a rank's heads; x and its norm again, before the FFN.
+    let attention = tokens * (4 * m + (m + qkv) / mp) * own + tokens * model.heads as u64 / mp * acc;
     // Per row: before and after the activation.
     let inner = if model.moe.expert == ExpertKind::Gpt { 2 * h } else { 3 * h };
-    let dense = tokens * inner * own;
+    let dense = tokens * inner / mp * own;
+    let routed = tokens / mp;
     let moe = &model.moe;
     let rows = match moe.gate {
         GateKind::Soft => (moe.experts * moe.soft_slots * moe.groups) as u64,
         _ => {
             let factor = if let Capacity::Factor(f) = moe.capacity { f } else { 1.0 };
-            (factor * (moe.top_k as u64 * tokens) as f64).ceil() as u64
+            (factor * (moe.top_k as u64 * routed) as f64).ceil() as u64
         }
     };
-    // Rows before and after the experts, and inside; logits.
-    let shared = tokens * inner * model.shared_experts as u64 * own;
-    let experts = rows * (2 * m + inner) * own + tokens * moe.experts as u64 * acc + shared;
+    // Rows before and after the experts, of all that share them, and inside; logits.
+    let shared = dense * model.shared_experts as u64;
+    let experts = rows * (2 * esp * m + inner) * own + routed * moe.experts as u64 * acc + shared;
     let (all, with_moe) = (model.layers as u64, model.moe_layers() as u64);
     let kept = all * attention + (all - with_moe) * dense + with_moe * experts;
     kept + attention + dense.max(experts)
@@ -124,7 +128,11 @@ pub(super) fn check(lane: &Lane, config: &TrainConfig, model: &ModelConfig) -> R
     match lane.device()? {
         Some(device) => {
             let place = format!("{} ({})", lane.place(), device.name);
-            MemoryEstimate::new(config, model).require(&place, device.free_memory as u64)
+            let (place, ranks) = match (config.world.comm, config.world.sizes.ranks) {
+                (CommKind::Local, ranks @ 2..) => (format!("each of {ranks} ranks on {place}"), ranks),
+                _ => (place, 1),
+            };
+            MemoryEstimate::new(config, model).require(&place, (device.free_memory / ranks) as u64)
         }
         None => Ok(()),
     }
@@ -135,6 +143,7 @@ mod tests {
     use super::*;
     use crate::model::preset;
     use crate::tensor::DType;
+    use crate::train::world::WorldConfig;
 
     #[test]
     fn the_sum_is_shown_and_refused_where_it_is_too_much() {
@@ -152,5 +161,24 @@ mod tests {
         let wide = MemoryEstimate::new(&TrainConfig { dtype: DType::F32, ..config }, &model);
         assert_eq!((wide.parameters, wide.masters), (4 * n, 0));
         check(&Lane::cpu(), &TrainConfig::default(), &model).unwrap();
+    }
+
+    #[test]
+    fn of_many_ranks_each_has_a_part() {
+        let model = ModelConfig { shared_experts: 1, ..preset("mixtral-8x7b").unwrap() };
+        let estimate = |sizes| {
+            let world = WorldConfig { sizes, ..WorldConfig::default() };
+            MemoryEstimate::new(&TrainConfig { world, batch: 8, ..TrainConfig::default() }, &model)
+        };
+        let [one, mp, all] = [(1, 1, 1), (4, 1, 1), (4, 4, 2)]
+            .map(|(mp, ep, esp)| estimate(Sizes::new(if ep == 1 { mp } else { 8 }, 1, mp, ep, esp)));
+        let (m, h, layers) = (4096, 14_336, 32);
+        // Attention and the shared expert, then the experts as well.
+        let dense = layers * (2 * m * m + 2 * m * m / 4 + 3 * m * h);
+        assert_eq!(one.parameters - mp.parameters, 4 * (dense - dense / 4));
+        let experts = layers * 8 * 3 * m * h;
+        assert_eq!(mp.parameters - all.parameters, 4 * (experts - experts / 8));
+        assert!(mp.activations < one.activations && all.activations < mp.activations);
+        assert_eq!((mp.logits, all.logits), (one.logits, one.logits / 2));
     }
 }

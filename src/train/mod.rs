@@ -20,7 +20,7 @@ mod world;
 
 pub use config::{Settings, TrainConfig};
 pub use memory::MemoryEstimate;
-pub use optimizer::{Optimizer, OptimizerConfig, SumOverExperts};
+pub use optimizer::{Optimizer, OptimizerConfig, SumOverShards};
 pub(crate) use plans::{StepPlan, block_shapes};
 pub(crate) use ranks::Ranks;
 pub use run::{Metrics, RunDir};

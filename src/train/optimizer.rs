@@ -53,8 +53,9 @@ pub struct Optimizer {
     scalars: Tensor,
 }
 
-/// Makes of the sum of squares, (1) acc, of one rank's experts' gradients that of all ranks'.
-pub type SumOverExperts<'a> = &'a dyn Fn(&Tensor) -> Result<()>;
+/// Makes of the sums of squares, (2) acc, of the gradients of one rank's experts and of its shards of the dense part those of
+/// all ranks'.
+pub type SumOverShards<'a> = &'a dyn Fn(&Tensor) -> Result<()>;
 
 struct State {
     param: Parameter,
@@ -106,16 +107,16 @@ impl Optimizer {
     }
 
     /// [`Optimizer::measure`] without waiting for the device: returns the norm where it will be, (1) acc. Where it, or one
-    /// of `losses`, is not finite, [`Optimizer::step`] will change nothing. Where the experts' parameters are those of one
-    /// rank, `all_experts` makes of the sum of squares of their gradients, (1) acc, that of all ranks' experts.
+    /// of `losses`, is not finite, [`Optimizer::step`] will change nothing. Where these parameters are those of one rank,
+    /// `all_shards` makes of the sums over what ranks do not all hold those over all of it.
     ///
     /// # Errors
-    /// If the device fails, and those of `all_experts`.
+    /// If the device fails, and those of `all_shards`.
     pub fn clip(
         &self,
         grad_scale: f64,
         losses: Option<&Tensor>,
-        all_experts: Option<SumOverExperts<'_>>,
+        all_shards: Option<SumOverShards<'_>>,
     ) -> Result<&Tensor> {
         self.lane.fill(&self.sum, 0.0)?;
         if let Some(losses) = losses {
@@ -123,16 +124,20 @@ impl Optimizer {
             let zeros = self.lane.zeros(*losses.shape(), losses.dtype())?;
             self.lane.dot(losses, &zeros, &self.sum)?;
         }
-        let apart = |p: &&State| all_experts.is_some() && p.param.group() == ReduceGroup::Expert;
-        let (experts, others): (Vec<&State>, Vec<&State>) = self.params.iter().partition(apart);
-        let grads = |params: &[&State]| params.iter().map(|p| p.param.grad().clone()).collect::<Vec<_>>();
-        let add = |grads: &[Tensor], sum: &Tensor| self.lane.sum_squares_many(&grads.iter().collect::<Vec<_>>(), sum);
-        add(&grads(&others), &self.sum)?;
-        if let Some(all_experts) = all_experts {
-            let sum = self.lane.zeros([1], self.sum.dtype())?;
-            add(&grads(&experts), &sum)?;
-            all_experts(&sum)?;
-            self.lane.axpby(1.0, &sum, 1.0, &self.sum)?;
+        let add = |groups: &[ReduceGroup], sum: &Tensor| {
+            let params = self.params.iter().map(|p| &p.param).filter(|p| groups.contains(&p.group()));
+            self.lane.sum_squares_many(&params.map(Parameter::grad).collect::<Vec<_>>(), sum)
+        };
+        let apart = [ReduceGroup::Expert, ReduceGroup::Sharded];
+        if let Some(all_shards) = all_shards {
+            add(&[ReduceGroup::Replicated], &self.sum)?;
+            let sums = self.lane.zeros([apart.len()], self.sum.dtype())?;
+            let parts = [sums.narrow(0, 0, 1)?, sums.narrow(0, 1, 1)?];
+            apart.iter().zip(&parts).try_for_each(|(&group, sum)| add(&[group], sum))?;
+            all_shards(&sums)?;
+            parts.iter().try_for_each(|sum| self.lane.axpby(1.0, sum, 1.0, &self.sum))?;
+        } else {
+            add(&[&[ReduceGroup::Replicated], &apart[..]].concat(), &self.sum)?;
         }
         self.lane.clip_scale(&self.sum, grad_scale, self.config.clip, &self.norm, &self.scale)?;
         Ok(&self.norm)

@@ -95,19 +95,20 @@ pub(crate) fn block_shapes(
     let mut blocks: Vec<BlockShape> =
         model.blocks().iter().map(|block| shape(model, block, tokens, topology, all_to_all)).collect();
     let (first, last) = model.outer_parameters();
-    blocks.push(dense(&last, tokens, topology));
+    let matrices: Vec<usize> = last.iter().filter(|p| p.value().rank() == 2).map(Parameter::elements).collect();
+    blocks.push(dense(&last, &matrices, tokens, topology));
     let embeddings: usize = first.iter().map(Parameter::elements).sum();
     blocks[0].sharded += (embeddings * topology.sizes().mp) as u64;
     blocks
 }
 
-/// A part of the model that every MP rank computes for itself: as many products as parameters that are matrices.
-fn dense(parameters: &[Parameter], tokens: usize, topology: &Topology) -> BlockShape {
+/// A part of the model without experts: `products` are the elements of the matrices that a rank's tokens are multiplied
+/// with, and `parameters` those that it has, summed over its DP group.
+fn dense(parameters: &[Parameter], products: &[usize], tokens: usize, topology: &Topology) -> BlockShape {
     let mp = topology.sizes().mp;
     let elements: usize = parameters.iter().map(Parameter::elements).sum();
-    let matrices = parameters.iter().filter(|p| p.value().rank() == 2);
     BlockShape {
-        gemms: matrices.map(|p| 2.0 * (tokens * mp * p.elements()) as f64).collect(),
+        gemms: products.iter().map(|elements| 2.0 * (tokens * mp * elements) as f64).collect(),
         mp_reduced: 0,
         mp_gathered: 0,
         sharded: (elements * mp) as u64,
@@ -123,9 +124,14 @@ fn shape(
     topology: &Topology,
     all_to_all: AllToAllKind,
 ) -> BlockShape {
-    let mut shape = dense(&block.dense_parameters(), tokens, topology);
+    let mp = topology.sizes().mp;
+    let mut shape = dense(&block.dense_parameters(), &block.dense_products(), tokens, topology);
+    let shared: u64 = block.shared_parameters().iter().map(|p| p.elements() as u64).sum();
+    shape.sharded -= shared * mp as u64;
+    shape.replicated = shared;
+    shape.mp_reduced = block.mp_sums() * tokens * model.config().hidden;
     let Some(layer) = block.moe().and_then(|moe| moe.ranks()) else { return shape };
-    let (config, mp) = (layer.config(), topology.sizes().mp);
+    let config = layer.config();
     let own = tokens / mp;
     let rows_per_token = match (config.gate, config.capacity) {
         (GateKind::Soft, _) => (config.experts * config.soft_slots * config.groups) as f64 / own as f64,
@@ -134,7 +140,7 @@ fn shape(
     };
     shape.gemms.push(2.0 * (own * config.hidden * config.experts * mp) as f64);
     shape.mp_gathered = tokens * model.config().hidden;
-    shape.replicated = layer.gate_parameters().iter().map(|p| p.elements() as u64).sum();
+    shape.replicated += layer.gate_parameters().iter().map(|p| p.elements() as u64).sum::<u64>();
     shape.moe = Some(LayerShape {
         tokens: own,
         rows_per_token,
@@ -145,4 +151,55 @@ fn shape(
         all_to_all,
     });
     shape
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::Init;
+    use crate::comm::{Sizes, local};
+    use crate::device::Lane;
+    use crate::model::{Arch, ModelConfig, preset};
+    use crate::tensor::DType;
+
+    /// What ranks really have, against what the settings say.
+    #[test]
+    fn volumes_of_ranks_are_those_of_their_parts() {
+        let mixtral = ModelConfig { shared_experts: 1, ..preset("mixtral-tiny").unwrap() };
+        for (model, mp) in [
+            (preset("gpt2-moe-tiny").unwrap(), 2),
+            (ModelConfig { moe_every: 4, ..mixtral.clone() }, 2),
+            // Two ranks to each head of keys and values.
+            (mixtral, 4),
+        ] {
+            let topology = Topology::new(Sizes::new(4, 2, mp, 2, 1)).unwrap();
+            let direct = AllToAllKind::Direct;
+            let nominal = model.workload(1, 16, &topology, direct).unwrap();
+            let (all, parameters) = local::run(4, Duration::from_secs(20), |world| {
+                let parallel = Parallel::new(&Lane::cpu(), world, topology, direct.build())?;
+                let part = Transformer::on_ranks(&Init::zeros(&Lane::cpu(), DType::F32), &model, &parallel)?;
+                let parameters: usize = part.parameters().iter().map(Parameter::elements).sum();
+                Ok((block_shapes(&part, 16, &topology, direct), parameters as u64))
+            })
+            .unwrap()
+            .pop()
+            .unwrap();
+            assert_eq!(parameters, model.rank_parameters(topology.sizes()));
+            let bytes: u64 = all.iter().map(|b| b.sharded / mp as u64 + b.replicated).sum();
+            let experts = model.moe_layers() * model.moe.experts / 2 * model.hidden * model.ffn;
+            let matrices = if model.arch == Arch::Gpt2 { 2 } else { 3 };
+            assert_eq!(bytes + (experts * matrices) as u64, parameters);
+            let blocks = model.layers;
+            for (real, said) in all[..blocks].iter().zip(&nominal) {
+                // The mixing of values is no product with a parameter.
+                let mixed = said.gemms[1] + said.gemms[2];
+                let products = |shape: &BlockShape| shape.gemms.iter().sum::<f64>();
+                assert_eq!(products(real), products(said) - mixed);
+                assert_eq!(
+                    (real.mp_reduced, real.mp_gathered, real.moe),
+                    (said.mp_reduced, said.mp_gathered, said.moe)
+                );
+            }
+        }
+    }
 }

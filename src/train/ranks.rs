@@ -8,7 +8,7 @@ use crate::device::Lane;
 use crate::error::{Result, config_err};
 use crate::model::Transformer;
 use crate::moe::RoutingStats;
-use crate::moe::distributed::{DistributedMoe, GradientBuffers, LayerPlan, Parallel, Shard};
+use crate::moe::distributed::{DistributedMoe, GradientBuffers, LayerPlan, Parallel, Sharding};
 use crate::schedule::{Degree, GradGroup, LayerOp, Pass, Slice};
 use crate::tensor::Tensor;
 use std::collections::HashMap;
@@ -19,8 +19,8 @@ pub(crate) struct Ranks {
     parallel: Arc<Parallel>,
     gradients: Arc<GradientBuffers>,
     plan: StepPlan,
-    /// By name, which part of a parameter this rank holds, of those that it does not hold whole.
-    shards: HashMap<String, Shard>,
+    /// By name, how the parameters are divided that ranks do not hold whole.
+    shards: HashMap<String, Sharding>,
 }
 
 /// A model's MoE layers, front to back.
@@ -29,7 +29,7 @@ fn layers(model: &Transformer) -> impl DoubleEndedIterator<Item = &DistributedMo
 }
 
 /// A model's parameters in the order in which its backward completes their gradients, with the groups that these are summed
-/// over. MP ranks compute the dense part each for itself, with the same gradients.
+/// over. MP ranks have the whole gradients of what they hold of the dense part, but for what they share.
 fn by_completion(model: &Transformer) -> Vec<(Parameter, GradGroup)> {
     let (first, last) = model.outer_parameters();
     let mut all = Vec::new();
@@ -40,7 +40,10 @@ fn by_completion(model: &Transformer) -> Vec<(Parameter, GradGroup)> {
             add(layer.expert_parameters(), GradGroup::Expert);
             add(layer.gate_parameters(), GradGroup::Replicated);
         }
-        add(block.dense_parameters(), GradGroup::Dense);
+        let shared = block.shared_parameters();
+        let own = block.dense_parameters().into_iter().filter(|p| shared.iter().all(|s| s.name() != p.name()));
+        add(own.collect(), GradGroup::Dense);
+        add(shared, GradGroup::Replicated);
     }
     add(first, GradGroup::Dense);
     all
@@ -67,7 +70,8 @@ impl Ranks {
             let names = layer.expert_parameters().into_iter().map(|p| p.name().to_owned());
             names.zip(layer.shards().to_vec()).collect::<Vec<_>>()
         });
-        Ok(Ranks { parallel: parallel.clone(), gradients: Arc::new(gradients), plan, shards: shards.collect() })
+        let shards = shards.chain(model.blocks().iter().flat_map(|block| block.dense_shards().to_vec())).collect();
+        Ok(Ranks { parallel: parallel.clone(), gradients: Arc::new(gradients), plan, shards })
     }
 
     /// From the next step on, this plan.
@@ -202,20 +206,25 @@ impl Ranks {
         Ok(())
     }
 
-    /// Makes of the sum of squares of this rank's experts' gradients that of all experts: replicas count once.
+    /// Makes of the sums of squares of the gradients of this rank's experts and of its shards of the dense part, (2) acc,
+    /// those of all ranks': what several ranks hold counts once.
     ///
     /// # Errors
     /// If a rank fails or never comes.
-    pub(super) fn sum_over_experts(&self, lane: &Lane, sum: &Tensor) -> Result<()> {
-        self.parallel.groups().world().all_reduce(lane, sum)?;
-        let mine = lane.cast(sum, sum.dtype())?;
-        let replicas = self.parallel.groups().topology().size(GroupKind::Replica);
-        lane.axpby(1.0 / replicas as f64, &mine, 0.0, sum)
+    pub(super) fn sum_over_shards(&self, lane: &Lane, sums: &Tensor) -> Result<()> {
+        self.parallel.groups().world().all_reduce(lane, sums)?;
+        let all = lane.cast(sums, sums.dtype())?;
+        let topology = self.parallel.groups().topology();
+        for (i, kind) in [GroupKind::Replica, GroupKind::Data].into_iter().enumerate() {
+            let holders = topology.size(kind) as f64;
+            lane.axpby(1.0 / holders, &all.narrow(0, i, 1)?, 0.0, &sums.narrow(0, i, 1)?)?;
+        }
+        Ok(())
     }
 
-    /// The part that this rank holds of the tensor called `name`, a parameter or an optimizer's state for one (`m.NAME`);
-    /// none if it holds all of it.
-    fn shard(&self, name: &str) -> Option<&Shard> {
+    /// How the tensor called `name`, a parameter or an optimizer's state for one (`m.NAME`), is divided; none if this rank
+    /// holds all of it.
+    fn shard(&self, name: &str) -> Option<&Sharding> {
         self.shards.get(name).or_else(|| self.shards.get(name.split_once('.')?.1))
     }
 
@@ -224,15 +233,14 @@ impl Ranks {
     /// # Errors
     /// If a rank fails or never comes, or the device has no memory left.
     pub(super) fn whole(&self, lane: &Lane, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
-        let Sizes { ranks, ep, esp, .. } = self.sizes();
+        let ranks = self.sizes().ranks;
         let gather = |(name, part): (String, Tensor)| {
             let Some(shard) = self.shard(&name) else { return Ok((name, part)) };
             let all = lane.empty([ranks, part.elements()], part.dtype())?;
             self.parallel.groups().world().all_gather(lane, &part, &all)?;
             let whole = lane.empty(shard.full(), part.dtype())?;
-            for rank in 0..ep * esp {
-                let theirs = Shard::expert(shard.full(), *part.shape(), (rank / esp, ep), (rank % esp, esp))?;
-                lane.copy(&all.index(rank)?.reshape(*part.shape())?, &theirs.of(&whole)?)?;
+            for rank in 0..shard.parts() {
+                shard.put(lane, rank, &all.index(rank)?.reshape(*part.shape())?, &whole)?;
             }
             Ok((name, whole))
         };
@@ -258,7 +266,7 @@ impl Ranks {
     pub(super) fn take(&self, lane: &Lane, tensors: &[(String, Tensor)], loaded: &[(String, Tensor)]) -> Result<()> {
         for ((name, part), (_, whole)) in tensors.iter().zip(loaded) {
             if let Some(shard) = self.shard(name) {
-                lane.copy(&shard.of(whole)?, part)?;
+                shard.take(lane, self.rank(), whole, part)?;
             }
         }
         Ok(())

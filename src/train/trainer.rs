@@ -257,10 +257,10 @@ impl Trainer {
             }
         };
         (0..micro).try_for_each(|m| losses.narrow(0, m, 1).map(|loss| readings.float(&loss)))?;
-        let over_experts = self.ranks.as_ref().map(|ranks| |sum: &Tensor| ranks.sum_over_experts(&self.lane, sum));
-        let over_experts = over_experts.as_ref().map(|f| f as &dyn Fn(&Tensor) -> Result<()>);
+        let over_shards = self.ranks.as_ref().map(|ranks| |sums: &Tensor| ranks.sum_over_shards(&self.lane, sums));
+        let over_shards = over_shards.as_ref().map(|f| f as &dyn Fn(&Tensor) -> Result<()>);
         // Changes nothing where a loss or a gradient is not finite.
-        readings.float(self.optimizer.clip(1.0 / micro as f64, Some(&losses), over_experts)?);
+        readings.float(self.optimizer.clip(1.0 / micro as f64, Some(&losses), over_shards)?);
         self.optimizer.step(self.step)?;
 
         let values = readings.read(&self.lane)?;

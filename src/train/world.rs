@@ -88,6 +88,7 @@ impl WorldConfig {
                 model.ffn
             );
         }
+        model.check_mp(mp)?;
         let timeout = match settings.comm_timeout {
             Some(0) => config_err!("--comm-timeout 0: it is at least 1 second"),
             Some(seconds) => Duration::from_secs(seconds),

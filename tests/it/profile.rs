@@ -80,7 +80,7 @@ fn worlds_that_cannot_be_are_refused_before_anything_is_measured() {
         ("--ranks 6 --nodes 4", "nodes = 4 with 6 ranks: it divides the ranks"),
         ("--ranks 3 --nodes 1 --mp 1 --ep 1", "ffn = 256 with esp = 3"),
         ("--ranks 3 --nodes 3", "8 experts with ep = 3"),
-        ("--ranks 8 --nodes 1", "4 heads and ffn = 256 with mp = 8"),
+        ("--ranks 8 --nodes 1", "4 heads with mp = 8"),
         ("--ranks 4 --dp 4", "dp = 4 and mp = 2"),
         ("--ranks 0", "ranks = 0"),
         ("--ranks 2 --nodes 0", "nodes = 0"),

@@ -15,7 +15,7 @@ mod steps;
 pub use gradients::GradientBuffers;
 pub use measure::{Measured, Measurement, Subject, measure};
 pub use parallel::Parallel;
-pub use shard::Shard;
+pub use shard::Sharding;
 
 use super::layer::{hook_backward, hook_forward, no_gradient};
 use super::{
@@ -95,7 +95,7 @@ struct Inner {
     expert: Box<dyn Expert>,
     hooks: Hooks,
     parallel: Arc<Parallel>,
-    shards: Vec<Shard>,
+    shards: Vec<Sharding>,
     plan: Mutex<LayerPlan>,
     /// When the tasks of the last forward and backward ran.
     timelines: Mutex<[Option<Timeline>; 2]>,
@@ -111,18 +111,15 @@ impl DistributedMoe {
         config.validate()?;
         let Sizes { ep, esp, .. } = parallel.groups().topology().sizes();
         check_division(config, ep, esp)?;
-        let (topology, rank) = (parallel.groups().topology(), parallel.groups().rank());
-        let member = |kind| (topology.position(kind, rank), topology.size(kind));
         let init_experts = init.child("experts");
         let whole = expert::build(&init_experts, config)?;
         let part = MoeConfig { experts: config.experts / ep, ffn: config.ffn / esp, ..config.clone() };
         let part = expert::build(&init_experts, &part)?;
         let mut shards = Vec::new();
         for (whole, part) in whole.parameters().iter().zip(part.parameters()) {
-            let (ep, esp) = (member(GroupKind::Expert), member(GroupKind::Shard));
-            let shard = Shard::expert(*whole.value().shape(), *part.value().shape(), ep, esp)?;
-            init.lane().copy(&shard.of(whole.value())?, part.value())?;
-            shards.push(shard);
+            let sharding = Sharding::expert(*whole.value().shape(), *part.value().shape(), ep, esp)?;
+            sharding.take(init.lane(), parallel.groups().rank(), whole.value(), part.value())?;
+            shards.push(sharding);
         }
         let gate = gate::build(&init.child("gate"), config)?;
         let mut layer =
@@ -193,9 +190,9 @@ impl DistributedMoe {
         [self.gate_parameters(), self.expert_parameters()].concat()
     }
 
-    /// Which part of the logical parameter each of [`DistributedMoe::expert_parameters`] is; empty for a layer of modules
+    /// How the logical parameter of each of [`DistributedMoe::expert_parameters`] is divided; empty for a layer of modules
     /// from outside, which know that themselves.
-    pub fn shards(&self) -> &[Shard] {
+    pub fn shards(&self) -> &[Sharding] {
         &self.0.shards
     }
 

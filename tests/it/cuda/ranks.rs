@@ -171,15 +171,15 @@ fn layer(lane: &Lane, case: &Case, plans: &[LayerPlan]) -> Vec<Vec<Outcome>> {
         let init = Init::new(&lane, DType::F32, 11);
         let layer = DistributedMoe::new(&init, &case.config, &parallel)?;
         let on_cpu = fsmoe::moe::MoeLayer::new(&Init::new(&Lane::cpu(), DType::F32, 11), &case.config)?;
-        let experts = on_cpu.parameters().len() - layer.shards().len();
+        let (experts, rank) = (on_cpu.parameters().len() - layer.shards().len(), parallel.groups().rank());
         for (i, (whole, part)) in on_cpu.parameters().iter().zip(layer.parameters()).enumerate() {
-            let value = match i.checked_sub(experts) {
-                None => whole.value().clone(),
-                Some(i) => layer.shards()[i].of(whole.value())?,
-            };
-            lane.upload(&Lane::cpu().contiguous(&value)?, part.value())?;
+            let value = Lane::cpu().empty(*part.value().shape(), DType::F32)?;
+            match i.checked_sub(experts) {
+                None => Lane::cpu().copy(whole.value(), &value)?,
+                Some(i) => layer.shards()[i].take(&Lane::cpu(), rank, whole.value(), &value)?,
+            }
+            lane.upload(&value, part.value())?;
         }
-        let rank = parallel.groups().rank();
         let each = TOKENS * case.sizes.mp;
         let draw = |seed| {
             let all = Tensor::from_slice(&uniform(seed, p * TOKENS * WIDTH, -1.0, 1.0), [p * TOKENS, WIDTH])?;
