@@ -121,14 +121,15 @@ impl Schedule {
     }
 }
 
-/// For each policy the ranks that this process has, and the first of them beside its simulation.
+/// For each policy the ranks that this process has and the simulation; and the first of them beside it, drawn.
 fn write_traces(folder: &Path, shape: &str, world: &World, outcomes: &[Outcome]) -> Result<()> {
     let first = world.first_rank();
     for p in 0..outcomes.first().map_or(0, |outcome| outcome.timelines.len()) {
         let (policy, measured, simulated) = &outcomes[0].timelines[p];
         let names: Vec<String> = (0..outcomes.len()).map(|rank| format!("rank {}", first + rank)).collect();
-        let ranks: Vec<(&str, &Timeline)> =
+        let mut ranks: Vec<(&str, &Timeline)> =
             names.iter().map(String::as_str).zip(outcomes.iter().map(|outcome| &outcome.timelines[p].1)).collect();
+        ranks.push(("simulated", simulated));
         let file = |end: &str| match world.is_process() {
             true => folder.join(format!("{shape}-{policy}-rank{first}.{end}")),
             false => folder.join(format!("{shape}-{policy}.{end}")),
