@@ -9,7 +9,7 @@
 use fsmoe::Result;
 use fsmoe::comm::{AllToAllKind, Sizes, Topology};
 use fsmoe::device::LaneKind;
-use fsmoe::engine::{Simulator, TaskGraph, TaskId};
+use fsmoe::engine::{TaskGraph, TaskId};
 use fsmoe::report::{Plans, gantt};
 use fsmoe::schedule::policy::{FsMoe, all};
 use fsmoe::schedule::{
@@ -114,7 +114,7 @@ fn main() -> Result<()> {
         let best = planner.best(policy, costs, Pass::Backward)?;
         let pass = LayerPass { block: 0, pass: Pass::Backward, degree: best.degree, after: None, slices: &[] };
         let graph = layer_graph(policy, costs, &pass)?;
-        let timeline = Simulator::new().timeline(&graph, |op| model.seconds(op));
+        let timeline = model.simulator().timeline(&graph, |op| model.seconds(op));
         print!("\n{}, r = {}\n{}", policy.name(), best.degree.r, gantt(&timeline, 100));
     }
     Ok(())

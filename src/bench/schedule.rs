@@ -8,7 +8,7 @@ use super::Spread;
 use crate::autograd::{Init, Tape};
 use crate::comm::{AllToAllKind, GroupKind, Sizes, largest};
 use crate::device::{Lane, LaneKind};
-use crate::engine::{LANES, Simulator, Timeline};
+use crate::engine::{LANES, Timeline};
 use crate::error::{Error, Result, config_err};
 use crate::model::{Arch, ModelConfig, Transformer};
 use crate::moe::distributed::{Measured, Parallel, Subject, measure};
@@ -319,7 +319,7 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
                 stack.step()?;
             }
             let graph = step_graph(&*plan.policy, &costs, &plan.plan)?;
-            let simulated = Simulator::new().timeline(&graph, |op| costs.seconds(op));
+            let simulated = costs.simulator().timeline(&graph, |op| costs.seconds(op));
             timelines.push((plan.plan.policy.clone(), stack.traced()?, simulated));
         }
     }

@@ -71,18 +71,20 @@ impl Args {
         let agree = agree.chain(numbers).map(|(name, value)| (name.to_owned(), value)).collect();
         let all = world.run(topology.sizes(), agree, |parallel| measure(parallel, &subject))?;
         // Every rank has the same.
-        let Some(Measured { mut profile, costs, repeats }) = all.into_iter().next().filter(|_| world.leads()) else {
+        let Some(mut measured) = all.into_iter().next().filter(|_| world.leads()) else {
             return Ok(());
         };
         if let Some(name) = self.out.as_ref().and_then(|path| path.file_stem()) {
-            profile.name = name.to_string_lossy().into_owned();
+            measured.profile.name = name.to_string_lossy().into_owned();
         }
-        let costs = Costs::new(&costs);
+        let costs = Costs::new(&measured);
+        let Measured { profile, repeats, .. } = measured;
         let text = if self.json {
             let shape = json!({"batch": self.batch, "seq": seq, "hidden": config.hidden, "ffn": config.ffn,
                 "experts": config.moe.experts, "top_k": config.moe.top_k});
             let object = json!({"preset": self.preset, "world": topology.sizes(), "a2a": world.all_to_all().to_string(),
-                "shape": shape, "dtype": dtype.to_string(), "source": profile.source, "repeats": repeats, "costs": costs.costs});
+                "shape": shape, "dtype": dtype.to_string(), "source": profile.source, "repeats": repeats, "costs": costs.costs,
+                "slowdown": costs.slowdown});
             format!("{object}\n")
         } else {
             format!(

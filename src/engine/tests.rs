@@ -79,6 +79,20 @@ fn simulated_by_hand() {
     assert!(early.check(&graph, 0.0).unwrap_err().to_string().contains("C2 on inter-node"));
 }
 
+#[test]
+fn simulated_by_hand_on_lanes_that_slow_each_other_down() {
+    let mut graph = TaskGraph::new();
+    graph.add(Compute, 6.0, []).unwrap();
+    let inter = graph.add(InterNode, 2.0, []).unwrap();
+    graph.add(IntraNode, 1.0, [inter]).unwrap();
+    // Compute takes half as long again beside InterNode and twice as long beside IntraNode, which takes three times as long
+    // beside it: 3 s in which 2 are done, 3 s of which 1.5 are, and the rest.
+    let slowdown = [[0.0, 1.0, 0.5], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0]];
+    let timeline = Simulator::with(slowdown).timeline(&graph, |seconds| *seconds);
+    let times: Vec<(f64, f64)> = timeline.spans.iter().map(|s| (s.start, s.end)).collect();
+    assert_eq!(times, [(0.0, 8.5), (0.0, 3.0), (3.0, 6.0)]);
+}
+
 proptest! {
     /// The simulator against the definition, by fixed-point iteration: a start is the latest end of what is waited for.
     #[test]
@@ -106,6 +120,37 @@ proptest! {
         let time = simulator.makespan(&graph, cost);
         prop_assert_eq!(time, ends.iter().copied().fold(0.0, f64::max));
         prop_assert!(time >= simulator.bound(&graph, cost).seconds());
+    }
+
+    /// However little lanes slow each other down, it is another way of simulating.
+    #[test]
+    fn lanes_that_slow_each_other_down(
+        graph in graphs(0..40),
+        costs in prop::collection::vec(0.0f64..50.0, 40),
+        drawn in prop::collection::vec(0.0f64..1.0, 9),
+    ) {
+        let cost = |op: &usize| costs[*op];
+        let with = |scale: f64| {
+            let mut slowdown = Slowdown::default();
+            slowdown.iter_mut().flatten().zip(&drawn).for_each(|(s, drawn)| *s = scale * drawn);
+            Simulator::with(slowdown)
+        };
+        let alone = Simulator::new().timeline(&graph, cost);
+        let hardly = with(1e-12).timeline(&graph, cost);
+        for (a, b) in alone.spans.iter().zip(&hardly.spans) {
+            prop_assert!((a.start - b.start).abs() < 1e-6 && (a.end - b.end).abs() < 1e-6);
+        }
+        let mut simulator = with(1.0);
+        let slower = simulator.timeline(&graph, cost);
+        slower.check(&graph, 0.0).unwrap();
+        for (span, id) in slower.spans.iter().zip(graph.ids()) {
+            // A task takes its cost at least, and at most what it takes while all lanes are busy all the time.
+            let (took, most) = (span.end - span.start, 1.0 + drawn[3 * graph.lane(id) as usize..][..3].iter().sum::<f64>());
+            let cost = cost(graph.op(id));
+            prop_assert!(took > cost - 1e-9 && took < cost * most + 1e-9, "{took} s of {cost}");
+        }
+        prop_assert_eq!(simulator.makespan(&graph, cost), slower.makespan());
+        prop_assert!(slower.makespan() >= simulator.bound(&graph, cost).seconds() - 1e-9);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What was measured, and the lines that were fitted to it.
 
 use super::{Align, Table, bytes, count, duration, percent, rate};
-use crate::moe::distributed::Measurement;
+use crate::engine::{LANES, Slowdown, lane_name};
+use crate::moe::distributed::{Measured, Measurement};
 use serde::Serialize;
 use std::fmt;
 
@@ -32,12 +33,14 @@ pub struct CostRow {
 pub struct Costs {
     /// A row for each.
     pub costs: Vec<CostRow>,
+    /// What the lanes lose to each other, where that was measured.
+    pub slowdown: Option<Slowdown>,
 }
 
 impl Costs {
     /// Of what was measured.
-    pub fn new(measured: &[Measurement]) -> Self {
-        Costs { costs: measured.iter().map(CostRow::new).collect() }
+    pub fn new(measured: &Measured) -> Self {
+        Costs { costs: measured.costs.iter().map(CostRow::new).collect(), slowdown: measured.profile.slowdown }
     }
 }
 
@@ -92,6 +95,12 @@ impl fmt::Display for Costs {
             ]);
         }
         table.fmt(f)?;
+        for (lane, lost) in LANES.into_iter().zip(self.slowdown.iter().flatten()) {
+            let others = LANES.into_iter().filter(|&other| other != lane);
+            let words: Vec<String> =
+                others.map(|other| format!("{} beside {}", percent(lost[other as usize]), lane_name(other))).collect();
+            writeln!(f, "{} takes longer by {}", lane_name(lane), words.join(", "))?;
+        }
         for CostRow { name, r2, .. } in self.costs.iter().filter(|row| row.r2 < LEAST_R2) {
             writeln!(
                 f,
@@ -118,8 +127,10 @@ mod tests {
         let straight = [1024.0, 2048.0, 1048576.0].map(|n| (n, 2e-5 + n / 4e9));
         // Slope 0: all is off, by 1 of 2 and by 1 of 2.
         let scattered = [(1e6, 1e-3), (2e6, 3e-3), (3e6, 3e-3), (4e6, 1e-3)];
-        let costs =
-            Costs { costs: vec![row("a all-gather", "bytes", &straight), row("b product", "FLOPs", &scattered)] };
+        let costs = Costs {
+            costs: vec![row("a all-gather", "bytes", &straight), row("b product", "FLOPs", &scattered)],
+            slowdown: Some([[0.0, 0.25, 0.02], [1.5, 0.0, 0.0], [0.0; 3]]),
+        };
         let text = costs.to_string();
         let line = |name: &str| text.lines().find(|l| l.trim_start().starts_with(name)).unwrap();
         for part in ["1.00 KiB – 1.00 MiB", "20.0 µs", "4.00 GB/s", "1.0000"] {
@@ -130,5 +141,7 @@ mod tests {
         }
         assert!(line("warning: ").contains("R² = 0.00 for the b product"), "{text}");
         assert_eq!(text.matches("warning").count(), 1, "{text}");
+        assert_eq!(line("compute"), "compute takes longer by 25.0 % beside intra-node, 2.00 % beside inter-node");
+        assert_eq!(line("intra-node"), "intra-node takes longer by 150 % beside compute, 0 % beside inter-node");
     }
 }

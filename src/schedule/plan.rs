@@ -32,7 +32,7 @@ pub struct Candidate {
     /// What the pass takes.
     pub seconds: f64,
     /// By lane: what a slice of gradients of x seconds on it adds to: with the slice, the pass takes exactly
-    /// max(`seconds`, `around` + x).
+    /// max(`seconds`, `around` + x); about that, where lanes slow each other down.
     pub around: [f64; 3],
 }
 
@@ -125,6 +125,13 @@ impl Planner {
         if model.blocks.is_empty() {
             config_err!("a plan for a model without blocks");
         }
+        let alone = std::mem::replace(&mut self.simulator, model.simulator());
+        let plan = self.plan_on_lanes(policy, model);
+        self.simulator = alone;
+        plan
+    }
+
+    fn plan_on_lanes(&mut self, policy: &dyn Policy, model: &ModelCosts) -> Result<Plan> {
         let choices = Choices::new(self, policy, model)?;
         let plans = match policy.gradients() {
             Gradients::Fitted => choices.shared(policy, model),

@@ -2,7 +2,7 @@
 
 use super::Cost;
 use crate::device::LaneKind;
-use crate::engine::lane_name;
+use crate::engine::{Slowdown, lane_name};
 use crate::error::{Error, Result, config_err};
 use crate::fsio::atomic_write;
 use crate::named::named;
@@ -47,6 +47,10 @@ pub struct Profile {
     /// Bytes of an element of activations and gradients.
     #[serde(rename = "element_bytes")]
     pub element_bytes: usize,
+    /// Where it was measured, what the lanes of a rank lose to each other: rows are the lane that is slowed down, in the order
+    /// of compute, intra-node and inter-node, columns the one that is busy beside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slowdown: Option<Slowdown>,
     /// What a rank computes.
     pub compute: ComputeCosts,
     /// Collectives of groups within a node.
@@ -155,6 +159,9 @@ impl Profile {
         if !(1..=8).contains(&self.element_bytes) {
             config_err!("element_bytes = {}: it is 1 to 8", self.element_bytes);
         }
+        if let Some(s) = self.slowdown.iter().flatten().flatten().find(|s| !(s.is_finite() && **s >= 0.0)) {
+            config_err!("slowdown = {s}: it is finite and at least 0");
+        }
         self.compute.gemm.validate("compute.gemm")?;
         self.compute.expert.map_or(Ok(()), |cost| cost.validate("compute.expert"))?;
         for (lane, costs) in [("intra-node", &self.intra_node), ("inter-node", &self.inter_node)] {
@@ -213,6 +220,7 @@ mod tests {
         let path = dir.path().join("machine.toml");
         let mut profile = Profile::published().unwrap();
         profile.compute.gemm.r2 = Some(0.998);
+        profile.slowdown = Some([[0.0, 0.25, 0.5], [0.0; 3], [1.5, 0.0, 0.0]]);
         profile.save(&path).unwrap();
         assert_eq!(Profile::load(&path).unwrap(), profile);
         assert_eq!(Profile::find(path.to_str().unwrap()).unwrap(), profile);
@@ -233,6 +241,11 @@ mod tests {
             ("alpha = 5.49e-5", "gamma = 1.0", "gamma"),
             ("[compute.gemm]", "[compute.gemv]", "gemv"),
             ("element_bytes = 2", "element_bytes = 0", "element_bytes = 0"),
+            (
+                "element_bytes = 2",
+                "element_bytes = 2\nslowdown = [[0.0, -1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]",
+                "slowdown = -1: it is finite and at least 0",
+            ),
             ("beta = 3.36194e-10", "", "beta"),
         ] {
             let error = with(from, to);

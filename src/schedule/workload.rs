@@ -4,6 +4,7 @@ use super::op::lane;
 use super::{Collective, Cost, GradGroup, LayerOp, Plan, Profile, Stage};
 use crate::comm::{AllToAllKind, GroupKind, NodeShape, Sizes, Topology};
 use crate::device::LaneKind;
+use crate::engine::{Simulator, Slowdown};
 use crate::error::{Result, config_err};
 
 /// The most chunks that a layer is cut in.
@@ -214,6 +215,8 @@ pub struct ModelCosts {
     pub blocks: Vec<BlockCosts>,
     /// The lane and cost of each group's all-reduce, by [`GradGroup`]; none where a group is one rank.
     pub reduce: [Option<(LaneKind, Cost)>; 3],
+    /// What lanes lose to each other.
+    pub slowdown: Slowdown,
 }
 
 impl ModelCosts {
@@ -224,7 +227,7 @@ impl ModelCosts {
     pub fn new(blocks: &[BlockShape], topology: &Topology, profile: &Profile) -> Result<Self> {
         let blocks =
             blocks.iter().map(|block| BlockCosts::new(block, topology, profile)).collect::<Result<Vec<_>>>()?;
-        let mut costs = ModelCosts { blocks, reduce: [None; 3] };
+        let mut costs = ModelCosts { blocks, reduce: [None; 3], slowdown: profile.slowdown.unwrap_or_default() };
         for group in GradGroup::ALL {
             let bytes: u64 = costs.gradients().map(|(_, _, bytes)| bytes[group as usize]).sum();
             if let (Some(lane), true) = (group.lane(topology), bytes > 0) {
@@ -245,7 +248,12 @@ impl ModelCosts {
         plan.windows.after.iter().map(|&slice| self.seconds(&LayerOp::Reduce(slice))).sum()
     }
 
-    /// What a task of a step costs, in seconds.
+    /// A simulator of lanes that lose to each other what these do.
+    pub fn simulator(&self) -> Simulator {
+        Simulator::with(self.slowdown)
+    }
+
+    /// What a task of a step costs by itself, in seconds.
     pub fn seconds(&self, op: &LayerOp) -> f64 {
         match *op {
             LayerOp::Dense { block, pass } => self.blocks[block].dense[pass as usize],

@@ -13,7 +13,9 @@ use crate::error::{Result, shape_err};
 use crate::tensor::{DType, Place, Storage, Tensor};
 
 /// Threads of a block of these kernels.
-const THREADS: u32 = 512;
+const THREADS: u32 = 1024;
+/// Bytes that a block has under way at a time.
+const PART: usize = 128 << 10;
 /// How many stretches, or parts, one launch takes.
 const MOST: usize = 64;
 
@@ -77,9 +79,9 @@ impl Cuda {
         self.copy(&sum, out)
     }
 
-    /// A block per 32 KiB, and no more than this lane's share.
+    /// A block per part, and no more than this lane's share.
     fn comm_blocks(&self, bytes: usize) -> u32 {
-        u32::try_from(bytes.div_ceil(32 << 10)).unwrap_or(u32::MAX).clamp(1, self.multiprocessors())
+        u32::try_from(bytes.div_ceil(PART)).unwrap_or(u32::MAX).clamp(1, self.multiprocessors())
     }
 
     /// Host memory of `bytes` bytes that the GPU's copy engines read and write, of unspecified content.

@@ -4,7 +4,7 @@ use super::Parallel;
 use crate::autograd::Init;
 use crate::comm::{Communicator, GroupKind, Levels, Topology, largest};
 use crate::device::{Lane, LaneKind, Mark};
-use crate::engine::{LANES, lane_name};
+use crate::engine::{LANES, Slowdown, lane_name};
 use crate::error::{Result, config_err};
 use crate::moe::expert::ExpertKind;
 use crate::moe::{MoeConfig, RowSplit, Rows, expert};
@@ -91,6 +91,8 @@ pub struct Measured {
 /// What is being measured at one of its sizes.
 struct Work {
     of: usize,
+    /// Which of [`LADDER`].
+    ladder: usize,
     n: f64,
     lane: LaneKind,
     /// Calls of `run` that are timed together.
@@ -144,24 +146,16 @@ pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
     let (compute, world) = (parallel.lane(LaneKind::Compute), parallel.groups().world());
     let (whats, works) = works(parallel, subject)?;
     let clock = (!parallel.issues()).then(|| Mark::at(*BEGIN));
-    // On streams one host thread issues what is for all lanes: a collective costs what it takes while the others get theirs.
-    let beside = |work: &Work| {
-        let other = |kind: LaneKind| works.iter().find(|other| other.lane == kind && other.lane != work.lane);
-        let lanes = if parallel.issues() && work.lane != LaneKind::Compute { &LANES[1..] } else { &[] };
-        lanes.iter().filter_map(|&kind| other(kind)).collect::<Vec<_>>()
-    };
     // The largest of each, over ranks, add up to the time.
     let run = |work: &Work| -> Result<[f64; 2]> {
-        let (lane, beside) = (parallel.lane(work.lane), beside(work));
+        let lane = parallel.lane(work.lane);
         world.barrier(compute)?;
         let start = lane.record(true)?;
         for _ in 0..work.calls {
             (work.run)(lane)?;
-            beside.iter().try_for_each(|other| (other.run)(parallel.lane(other.lane)))?;
         }
         let end = lane.record(true)?;
         let seconds = start.seconds_to(&end)?;
-        LANES.iter().try_for_each(|&kind| parallel.lane(kind).synchronize())?;
         let begin = clock.as_ref().map_or(Ok(0.0), |clock| clock.seconds_to(&start))?;
         Ok([-begin, begin + seconds])
     };
@@ -201,8 +195,67 @@ pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
         let (name, unit) = what.name();
         costs.push(Measurement { name, unit, cost: Cost::fit(&points)?, points });
     }
-    let profile = profile(parallel, subject, &whats, &costs, (fewest, rounds))?;
+    let profile = Profile {
+        slowdown: if parallel.issues() { Some(slowdown(parallel, &works, &medians)?) } else { None },
+        ..profile(parallel, subject, &whats, &costs, (fewest, rounds))?
+    };
     Ok(Measured { profile, costs, repeats: (fewest, rounds) })
+}
+
+/// Which of its sizes a piece of work has while it is seen what lanes lose to each other: a chunk's.
+const CHUNK: usize = LADDER[3];
+/// How often that is measured.
+const TURNS: usize = 5;
+
+/// What the lanes lose to each other where they are streams: the time of a few pieces of work on one of them while another
+/// has enough to do beside it, over the time by themselves, less one. A collective.
+fn slowdown(parallel: &Parallel, works: &[Work], medians: &[f64]) -> Result<Slowdown> {
+    const PIECES: usize = 3;
+    let (compute, world) = (parallel.lane(LaneKind::Compute), parallel.groups().world());
+    // The expert's products are the last on Compute; of the collectives of a lane the first is what a layer has most of.
+    let chunks = || works.iter().zip(medians).filter(|(work, _)| work.ladder == CHUNK);
+    let on = |lane: LaneKind| match lane {
+        LaneKind::Compute => chunks().rfind(|(work, _)| work.lane == lane),
+        _ => chunks().find(|(work, _)| work.lane == lane),
+    };
+    let once = |work: &Work| (0..work.calls).try_for_each(|_| (work.run)(parallel.lane(work.lane)));
+    let seconds = |work: &Work, beside: Option<(&Work, usize)>| -> Result<f64> {
+        world.barrier(compute)?;
+        // It is at work before and while what is timed is.
+        let mut ahead = beside.map_or(0, |(_, pieces)| pieces);
+        let each = ahead.div_ceil(PIECES);
+        let lane = parallel.lane(work.lane);
+        let start = lane.record(true)?;
+        for _ in 0..PIECES {
+            if let Some((other, _)) = beside {
+                (0..each.min(ahead)).try_for_each(|_| once(other))?;
+                ahead -= each.min(ahead);
+            }
+            once(work)?;
+        }
+        let end = lane.record(true)?;
+        LANES.iter().try_for_each(|&kind| parallel.lane(kind).synchronize())?;
+        start.seconds_to(&end)
+    };
+    let mut slowdown = Slowdown::default();
+    for slow in LANES {
+        for beside in LANES.into_iter().filter(|&beside| beside != slow) {
+            let (Some((work, own)), Some((other, each))) = (on(slow), on(beside)) else { continue };
+            // Twice what it takes by itself.
+            let time = |work: &Work, median: &f64| median * work.parts;
+            let pieces = (2.0 * PIECES as f64 * time(work, own) / time(other, each).max(1e-9)).ceil() as usize;
+            let mut times = Vec::with_capacity(2 * TURNS);
+            for _ in 0..TURNS {
+                times.push(seconds(work, None)?);
+                times.push(seconds(work, Some((other, pieces.clamp(1, 64))))?);
+            }
+            let times = largest(&**world, compute, &times)?;
+            let mut ratios: Vec<f64> = times.chunks_exact(2).map(|pair| pair[1] / pair[0].max(1e-9) - 1.0).collect();
+            ratios.sort_by(f64::total_cmp);
+            slowdown[slow as usize][beside as usize] = ratios[TURNS / 2].max(0.0);
+        }
+    }
+    Ok(slowdown)
 }
 
 fn profile(
@@ -240,6 +293,7 @@ fn profile(
         name: "measured".to_owned(),
         source,
         element_bytes: subject.dtype.size(),
+        slowdown: None,
         compute: ComputeCosts { gemm, expert },
         intra_node: lanes[0],
         inter_node: lanes[1],
@@ -305,7 +359,7 @@ fn works(parallel: &Parallel, subject: &Subject) -> Result<(Vec<What>, Vec<Work>
                 Collective::AllReduce => comm.all_reduce(lane, &whole),
             };
             let n = (elements * size) as f64;
-            works.push(Work { of, n, lane, calls: IN_A_ROW, parts: IN_A_ROW as f64, run: Box::new(run) });
+            works.push(Work { of, ladder: part, n, lane, calls: IN_A_ROW, parts: IN_A_ROW as f64, run: Box::new(run) });
         }
     }
     let of = whats.len();
@@ -320,6 +374,7 @@ fn works(parallel: &Parallel, subject: &Subject) -> Result<(Vec<What>, Vec<Work>
         let run = move |lane: &Lane| lane.gemm(1.0, &a, &b, 0.0, &c);
         works.push(Work {
             of,
+            ladder: part,
             n,
             lane: LaneKind::Compute,
             calls: IN_A_ROW,
@@ -365,7 +420,15 @@ fn experts(parallel: &Parallel, subject: &Subject, of: usize, works: &mut Vec<Wo
             expert.backward_weights(lane, &rows, &saved, &d, &left)
         };
         // Forward, data gradient and weight gradient have as many products each.
-        works.push(Work { of, n, lane: LaneKind::Compute, calls, parts: 3.0 * gemms, run: Box::new(run) });
+        works.push(Work {
+            of,
+            ladder: pieces,
+            n,
+            lane: LaneKind::Compute,
+            calls,
+            parts: 3.0 * gemms,
+            run: Box::new(run),
+        });
     }
     Ok(())
 }

@@ -106,7 +106,7 @@ fn note(trace: &Mutex<Option<Trace>>, spans: impl Iterator<Item = (String, LaneK
 
 impl Parallel {
     /// As many blocks of a collective's kernels run at once, where ranks share a GPU.
-    pub const COMM_BLOCKS: u32 = 4;
+    pub const COMM_BLOCKS: u32 = 2;
 
     /// Splits `world` into `topology`'s groups and starts this rank's lanes, of which `lane` is [`LaneKind::Compute`]. A
     /// collective.
