@@ -114,7 +114,7 @@ fn main() -> Result<()> {
         let best = planner.best(policy, costs, Pass::Backward)?;
         let pass = LayerPass { block: 0, pass: Pass::Backward, degree: best.degree, after: None, slices: &[] };
         let graph = layer_graph(policy, costs, &pass)?;
-        let timeline = model.simulator().timeline(&graph, |op| model.seconds(op));
+        let timeline = model.simulator().timeline(&graph, |op| model.price(op));
         print!("\n{}, r = {}\n{}", policy.name(), best.degree.r, gantt(&timeline, 100));
     }
     Ok(())

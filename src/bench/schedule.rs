@@ -319,7 +319,7 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
                 stack.step()?;
             }
             let graph = step_graph(&*plan.policy, &costs, &plan.plan)?;
-            let simulated = costs.simulator().timeline(&graph, |op| costs.seconds(op));
+            let simulated = costs.simulator().timeline(&graph, |op| costs.price(op));
             timelines.push((plan.plan.policy.clone(), stack.traced()?, simulated));
         }
     }

@@ -109,7 +109,7 @@ impl Args {
             plans.add(&plan, &planner.bound(&*policy, &model)?, model.exposed(&plan));
             if self.trace.is_some() {
                 let graph = step_graph(&*policy, &model, &plan)?;
-                timelines.push((plan.policy.clone(), model.simulator().timeline(&graph, |op| model.seconds(op))));
+                timelines.push((plan.policy.clone(), model.simulator().timeline(&graph, |op| model.price(op))));
             }
             if policy.name() == drawn.name() {
                 chosen = Some(plan);
@@ -191,7 +191,7 @@ fn charts(policy: &dyn Policy, model: &ModelCosts, plan: &Plan) -> Result<Vec<(S
             let slices = if pass == Pass::Backward { &slices[..] } else { &[] };
             let graph = layer_graph(policy, costs, &LayerPass { block, pass, degree, after: None, slices })?;
             let title = format!("{}, {pass} of block {}, r = {}, d = {}", plan.policy, block + 1, degree.r, degree.d);
-            Ok((title, model.simulator().timeline(&graph, |op| model.seconds(op))))
+            Ok((title, model.simulator().timeline(&graph, |op| model.price(op))))
         })
         .collect()
 }

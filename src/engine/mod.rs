@@ -25,7 +25,7 @@ pub(crate) use cpu::caught;
 pub use cpu::{CpuLanes, Pending};
 pub use graph::{TaskGraph, TaskId};
 pub use issue::{Issued, LaneStreams, Streams, issue};
-pub use simulate::{Bound, Simulator, Slowdown};
+pub use simulate::{Bound, Price, Simulator, Slowdown};
 pub use timeline::{Span, Timeline};
 
 use crate::device::LaneKind;

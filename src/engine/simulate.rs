@@ -5,8 +5,23 @@ use crate::device::LaneKind;
 use std::fmt::Display;
 
 /// By lane, then by lane, in the order of [`LANES`]: by which part of its time a task of the first takes longer
-/// while the second is busy. Lanes share what they run on: memory, multiprocessors, links.
+/// while one of the second runs. Lanes share what they run on: memory, multiprocessors, links.
 pub type Slowdown = [[f64; 3]; 3];
+
+/// What a task costs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Price {
+    /// By itself.
+    pub seconds: f64,
+    /// Of which lane's tasks it is, for what it loses to others and they to it, where that is not the one it runs on.
+    pub like: Option<LaneKind>,
+}
+
+impl From<f64> for Price {
+    fn from(seconds: f64) -> Self {
+        Price { seconds, like: None }
+    }
+}
 
 /// Runs graphs on costs in place of work: exact, and without allocation once it has seen a graph as large.
 #[derive(Clone, Debug, Default)]
@@ -49,20 +64,24 @@ impl Simulator {
     }
 
     /// When the last task ends, in seconds, if each takes its `cost`: finite seconds, at least 0.
-    pub fn makespan<Op>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> f64) -> f64 {
+    pub fn makespan<Op, P: Into<Price>>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> P) -> f64 {
         self.run(graph, cost)
     }
 
     /// The same run, task by task.
-    pub fn timeline<Op: Display>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> f64) -> Timeline {
+    pub fn timeline<Op: Display, P: Into<Price>>(
+        &mut self,
+        graph: &TaskGraph<Op>,
+        cost: impl Fn(&Op) -> P,
+    ) -> Timeline {
         self.run(graph, cost);
         Timeline::of(graph, self.times.iter().copied())
     }
 
-    fn run<Op>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> f64) -> f64 {
+    fn run<Op, P: Into<Price>>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> P) -> f64 {
         match self.slowdown == Slowdown::default() {
-            true => self.pass(graph, cost, true),
-            false => self.shared(graph, cost),
+            true => self.pass(graph, |op| cost(op).into().seconds, true),
+            false => self.shared(graph, |op| cost(op).into()),
         }
     }
 
@@ -114,34 +133,43 @@ impl Simulator {
     }
 
     /// As [`Simulator::pass`], with lanes that slow each other down: from one start or end to the next.
-    fn shared<Op>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> f64) -> f64 {
+    fn shared<Op>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> Price) -> f64 {
+        /// What a lane is at: what is left to do of it, in seconds of its own, and like which lane's task it is.
+        #[derive(Clone, Copy)]
+        struct Task {
+            id: TaskId,
+            left: f64,
+            like: usize,
+        }
         self.times.clear();
         self.times.resize(graph.len(), (0.0, f64::INFINITY));
-        let (mut now, mut next) = (0.0f64, [0usize; 3]);
-        // What is left to do of the task that each lane is at, in seconds of its own.
-        let mut left: [Option<(TaskId, f64)>; 3] = [None; 3];
+        let (mut now, mut next, mut tasks) = (0.0f64, [0usize; 3], [None::<Task>; 3]);
         loop {
-            for lane in LANES {
-                let at = lane as usize;
-                if let (None, Some(&id)) = (left[at], graph.on_lane(lane).get(next[at]))
+            for (lane, (task, next)) in LANES.into_iter().zip(tasks.iter_mut().zip(&mut next)) {
+                if let (None, Some(&id)) = (*task, graph.on_lane(lane).get(*next))
                     && graph.deps(id).iter().all(|dep| self.times[dep.index()].1 <= now)
                 {
+                    let Price { seconds, like } = cost(graph.op(id));
                     self.times[id.index()].0 = now;
-                    left[at] = Some((id, cost(graph.op(id))));
-                    next[at] += 1;
+                    *task = Some(Task { id, left: seconds, like: like.unwrap_or(lane) as usize });
+                    *next += 1;
                 }
             }
-            let busy = left.map(|task| f64::from(u8::from(task.is_some())));
-            let pace = |at: usize| 1.0 + (0..3).map(|other| busy[other] * self.slowdown[at][other]).sum::<f64>();
-            let paces = [pace(0), pace(1), pace(2)];
-            let ends = |(task, pace): (&Option<(TaskId, f64)>, f64)| task.map(|(_, seconds)| seconds * pace);
-            let Some(step) = left.iter().zip(paces).filter_map(ends).reduce(f64::min) else { return now };
+            let slowdown = &self.slowdown;
+            let pace = |at: usize, task: &Task| {
+                let others = tasks.iter().enumerate().filter(|(other, _)| *other != at);
+                1.0 + others.filter_map(|(_, other)| other.map(|other| slowdown[task.like][other.like])).sum::<f64>()
+            };
+            let mut at = 0..3;
+            let paces = tasks.map(|task| at.next().zip(task).map_or(1.0, |(at, task)| pace(at, &task)));
+            let ends = tasks.iter().zip(paces).filter_map(|(task, pace)| task.map(|task| task.left * pace));
+            let Some(step) = ends.reduce(f64::min) else { return now };
             now += step;
-            for (task, pace) in left.iter_mut().zip(paces) {
-                if let Some((id, seconds)) = task {
+            for (task, pace) in tasks.iter_mut().zip(paces) {
+                if let Some(Task { id, left, .. }) = task {
                     // Who ends first ends now, whatever rounding leaves.
-                    *seconds = if *seconds * pace <= step { 0.0 } else { *seconds - step / pace };
-                    if *seconds == 0.0 {
+                    *left = if *left * pace <= step { 0.0 } else { *left - step / pace };
+                    if *left <= 0.0 {
                         self.times[id.index()].1 = now;
                         *task = None;
                     }

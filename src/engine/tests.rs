@@ -91,6 +91,13 @@ fn simulated_by_hand_on_lanes_that_slow_each_other_down() {
     let timeline = Simulator::with(slowdown).timeline(&graph, |seconds| *seconds);
     let times: Vec<(f64, f64)> = timeline.spans.iter().map(|s| (s.start, s.end)).collect();
     assert_eq!(times, [(0.0, 8.5), (0.0, 3.0), (3.0, 6.0)]);
+    // Everything like Compute's own, or like IntraNode's: of one kind, tasks lose nothing to each other.
+    let like = |lane| move |seconds: &f64| Price { seconds: *seconds, like: Some(lane) };
+    let alone = Simulator::new().makespan(&graph, |seconds| *seconds);
+    assert_eq!(Simulator::with(slowdown).makespan(&graph, like(Compute)), alone);
+    // 2 s are 6 beside Compute, in which it does 3, and 1 s is 3, in which it does 1.5.
+    let on_inter = |seconds: &f64| Price { like: (*seconds < 6.0).then_some(IntraNode), ..Price::from(*seconds) };
+    assert_eq!(Simulator::with(slowdown).makespan(&graph, on_inter), 10.5);
 }
 
 proptest! {

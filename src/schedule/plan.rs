@@ -7,7 +7,7 @@ use super::{
     SliceTask, Windows, step_graph,
 };
 use crate::device::LaneKind;
-use crate::engine::{Bound, LANES, Simulator, TaskGraph};
+use crate::engine::{Bound, LANES, Price, Simulator, TaskGraph};
 use crate::error::{Result, config_err};
 use serde::{Deserialize, Serialize};
 
@@ -89,8 +89,9 @@ impl Planner {
             let part = LayerPass { block: 0, pass, degree, after: None, slices: &slices };
             policy.layer(&mut self.graph, costs, &part)?;
             let cost = |op: &LayerOp, tried: Option<LaneKind>, x: f64| match *op {
-                LayerOp::Reduce(s) if Some(s) == tried.map(slice) => x,
-                _ => stage_seconds(costs, op),
+                LayerOp::Reduce(s) if Some(s) == tried.map(slice) => x.into(),
+                LayerOp::Chunk { stage, .. } => Price { seconds: stage_seconds(costs, op), like: costs.lane(stage) },
+                _ => stage_seconds(costs, op).into(),
             };
             let seconds = self.simulator.makespan(&self.graph, |op| cost(op, None, 0.0));
             let mut around = [seconds; 3];
@@ -140,7 +141,7 @@ impl Planner {
         let mut best: Option<Plan> = None;
         for mut plan in plans {
             let graph = step_graph(policy, model, &plan)?;
-            plan.seconds = self.simulator.makespan(&graph, |op| model.seconds(op));
+            plan.seconds = self.simulator.makespan(&graph, |op| model.price(op));
             if best.as_ref().is_none_or(|best| plan.seconds < best.seconds * (1.0 - ROUNDING)) {
                 best = Some(plan);
             }

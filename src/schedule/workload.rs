@@ -4,7 +4,7 @@ use super::op::lane;
 use super::{Collective, Cost, GradGroup, LayerOp, Plan, Profile, Stage};
 use crate::comm::{AllToAllKind, GroupKind, NodeShape, Sizes, Topology};
 use crate::device::LaneKind;
-use crate::engine::{Simulator, Slowdown};
+use crate::engine::{Price, Simulator, Slowdown};
 use crate::error::{Result, config_err};
 
 /// The most chunks that a layer is cut in.
@@ -151,6 +151,17 @@ impl LayerCosts {
         })
     }
 
+    /// The lane of a stage; none for one that the layer does not have.
+    pub fn lane(&self, stage: Stage) -> Option<LaneKind> {
+        match stage {
+            Stage::Dispatch(phase) => self.dispatch.get(usize::from(phase)).map(|e| e.lane),
+            Stage::AllGather => self.all_gather.map(|e| e.lane),
+            Stage::Expert | Stage::WeightGrad => Some(LaneKind::Compute),
+            Stage::ReduceScatter => self.reduce_scatter.map(|e| e.lane),
+            Stage::Combine(phase) => self.combine.get(usize::from(phase)).map(|e| e.lane),
+        }
+    }
+
     /// A stage's seconds as one of `r` chunks; 0 for one that the layer does not have.
     pub fn seconds(&self, stage: Stage, r: usize) -> f64 {
         let phase = |phases: &[Exchange], i: u8| phases.get(usize::from(i)).copied();
@@ -251,6 +262,17 @@ impl ModelCosts {
     /// A simulator of lanes that lose to each other what these do.
     pub fn simulator(&self) -> Simulator {
         Simulator::with(self.slowdown)
+    }
+
+    /// What a task of a step costs, to a simulator: it loses to others what a task of its kind does on its own lane, wherever
+    /// a policy has put it.
+    pub fn price(&self, op: &LayerOp) -> Price {
+        let like = match *op {
+            LayerOp::Dense { .. } => None,
+            LayerOp::Chunk { block, stage, .. } => self.blocks[block].moe.as_ref().and_then(|moe| moe.lane(stage)),
+            LayerOp::Reduce(slice) => self.reduce[slice.group as usize].map(|(lane, _)| lane),
+        };
+        Price { seconds: self.seconds(op), like }
     }
 
     /// What a task of a step costs by itself, in seconds.
