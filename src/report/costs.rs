@@ -142,6 +142,6 @@ mod tests {
         assert!(line("warning: ").contains("R² = 0.00 for the b product"), "{text}");
         assert_eq!(text.matches("warning").count(), 1, "{text}");
         assert_eq!(line("compute"), "compute takes longer by 25.0 % beside intra-node, 2.0 % beside inter-node");
-        assert_eq!(line("intra-node"), "intra-node takes longer by 150 % beside compute, 0 % beside inter-node");
+        assert_eq!(line("intra-node"), "intra-node takes longer by 150.0 % beside compute, 0 % beside inter-node");
     }
 }

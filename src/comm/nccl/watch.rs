@@ -395,7 +395,8 @@ impl Watch {
 
 /// The part of the time that ranks wait for each other which is left to a process to end in.
 fn grace(timeout: Duration) -> Duration {
-    (timeout / 4).min(Duration::from_secs(4))
+    // Several processes that leave one GPU take the system more than a second.
+    (timeout / 3).min(Duration::from_secs(4))
 }
 
 /// Ends the process as it is: whatever runs at its end might wait for what does not come.
