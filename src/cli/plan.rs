@@ -1,7 +1,8 @@
 //! `fsmoe plan`.
 
+use super::world::{GroupArgs, usual_sizes};
 use super::write_out;
-use fsmoe::comm::{AllToAllKind, Sizes, Topology};
+use fsmoe::comm::{Sizes, Topology};
 use fsmoe::engine::Timeline;
 use fsmoe::fsio::atomic_write;
 use fsmoe::model::{ModelConfig, preset};
@@ -17,7 +18,8 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Times are simulated from the profile's costs: nothing is run. In round brackets: the preset's."
+    after_help = "Times are simulated from the profile's costs: nothing is run. Where sizes do not say: mp and esp are the ranks of a \
+                  node, ep the nodes. In round brackets: the preset's."
 )]
 pub(crate) struct Args {
     /// Model: gpt2-moe-tiny, mixtral-tiny, gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
@@ -32,21 +34,8 @@ pub(crate) struct Args {
     /// Nodes, with as many ranks each
     #[arg(long, default_value_t = 4)]
     nodes: usize,
-    /// Ranks that share each attention head and dense FFN (ranks of a node)
-    #[arg(long)]
-    mp: Option<usize>,
-    /// Ranks of an expert-parallel group (nodes)
-    #[arg(long)]
-    ep: Option<usize>,
-    /// Ranks that share each expert (ranks of a node)
-    #[arg(long)]
-    esp: Option<usize>,
-    /// Ranks of a data-parallel group: has to be ranks over mp
-    #[arg(long)]
-    dp: Option<usize>,
-    /// All-to-all: direct, 1dh or 2dh
-    #[arg(long, value_name = "KIND", default_value = "direct")]
-    a2a: AllToAllKind,
+    #[command(flatten)]
+    groups: GroupArgs,
     /// Sequences of a step for each model-parallel group
     #[arg(long, default_value_t = 1)]
     batch: usize,
@@ -99,7 +88,8 @@ impl Args {
         let (config, topology) = (self.config()?, self.topology()?);
         let profile = Profile::find(&self.profile)?;
         let seq = self.seq.unwrap_or(config.max_seq.min(2048));
-        let model = ModelCosts::new(&config.workload(self.batch, seq, &topology, self.a2a)?, &topology, &profile)?;
+        let model =
+            ModelCosts::new(&config.workload(self.batch, seq, &topology, self.groups.a2a)?, &topology, &profile)?;
         let drawn = policy::by_name(&self.policy)?;
 
         let (mut planner, mut plans, mut timelines) = (Planner::new(), Plans::default(), Vec::new());
@@ -137,7 +127,7 @@ impl Args {
             let mut text = format!(
                 "{}, {} × {seq} tokens for each of {dp} model-parallel groups; {ranks} ranks on {nodes} nodes, mp {mp}, ep \
                  {ep}, esp {esp}, {} all-to-all; costs of {}\n{plans}",
-                self.preset, self.batch, self.a2a, profile.name
+                self.preset, self.batch, self.groups.a2a, profile.name
             );
             for (title, timeline) in &charts {
                 text.push_str(&format!(
@@ -167,10 +157,8 @@ impl Args {
     }
 
     fn topology(&self) -> Result<Topology> {
-        let node = self.ranks.checked_div(self.nodes).unwrap_or(1).max(1);
-        let (mp, ep, esp) = (self.mp.unwrap_or(node), self.ep.unwrap_or(self.nodes), self.esp.unwrap_or(node));
-        let sizes = Sizes::new(self.ranks, self.nodes, mp, ep, esp);
-        Topology::new(Sizes { dp: self.dp.unwrap_or(sizes.dp), ..sizes })
+        let (ranks, nodes) = (self.ranks, self.nodes);
+        Topology::new(self.groups.sizes(ranks, nodes, usual_sizes(ranks, nodes)))
     }
 }
 

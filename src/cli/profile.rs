@@ -1,8 +1,8 @@
 //! `fsmoe profile`.
 
-use super::world::WorldArgs;
+use super::world::{WorldArgs, usual_sizes};
 use super::write_out;
-use fsmoe::comm::{Sizes, Topology};
+use fsmoe::comm::Topology;
 use fsmoe::model::preset;
 use fsmoe::moe::distributed::{Measured, Subject, measure};
 use fsmoe::report::Costs;
@@ -58,8 +58,7 @@ impl Args {
                 world.place
             )));
         }
-        let node = world.ranks.checked_div(world.nodes).unwrap_or(1).max(1);
-        let topology = Topology::new(world.sizes(Sizes::new(world.ranks, world.nodes, node, world.nodes, node)))?;
+        let topology = Topology::new(world.sizes(usual_sizes(world.ranks, world.nodes)))?;
         let config = preset(&self.preset)?;
         let seq = self.seq.unwrap_or(config.max_seq.min(2048));
         let blocks = config.workload(self.batch, seq, &topology, world.all_to_all())?;

@@ -10,17 +10,9 @@ use fsmoe::train::{CommKind, WorldConfig, launched, on_ranks};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Into which groups ranks are divided.
 #[derive(clap::Args)]
-pub(crate) struct WorldArgs {
-    /// Where: cpu, cuda, cuda:N, or auto, which is the CPU
-    #[arg(long, default_value = "auto")]
-    device: DeviceChoice,
-    /// Ranks (8, or as many as a launcher has started)
-    #[arg(long)]
-    ranks: Option<usize>,
-    /// Nodes, with as many ranks each (2; what a launcher says; 1 where they do not divide the ranks)
-    #[arg(long)]
-    nodes: Option<usize>,
+pub(crate) struct GroupArgs {
     /// Ranks of a data-parallel group: has to be ranks over mp
     #[arg(long)]
     dp: Option<usize>,
@@ -35,7 +27,39 @@ pub(crate) struct WorldArgs {
     esp: Option<usize>,
     /// All-to-all: direct, 1dh or 2dh
     #[arg(long, value_name = "KIND", default_value = "direct")]
-    a2a: AllToAllKind,
+    pub(crate) a2a: AllToAllKind,
+}
+
+impl GroupArgs {
+    /// The sizes asked for; where they do not say, those of `usual`, of which the data-parallel groups take what is left.
+    pub(crate) fn sizes(&self, ranks: usize, nodes: usize, usual: Sizes) -> Sizes {
+        let GroupArgs { dp, mp, ep, esp, .. } = *self;
+        let (mp, ep, esp) = (mp.unwrap_or(usual.mp), ep.unwrap_or(usual.ep), esp.unwrap_or(usual.esp));
+        let sizes = Sizes::new(ranks, nodes, mp, ep, esp);
+        Sizes { dp: dp.unwrap_or(sizes.dp), ..sizes }
+    }
+}
+
+/// The sizes that a world has where nothing is said: experts and dense parts are shared by the ranks of a node, and experts
+/// spread over the nodes.
+pub(crate) fn usual_sizes(ranks: usize, nodes: usize) -> Sizes {
+    let node = ranks.checked_div(nodes).unwrap_or(1).max(1);
+    Sizes::new(ranks, nodes, node, nodes, node)
+}
+
+#[derive(clap::Args)]
+pub(crate) struct WorldArgs {
+    /// Where: cpu, cuda, cuda:N, or auto, which is the CPU
+    #[arg(long, default_value = "auto")]
+    device: DeviceChoice,
+    /// Ranks (8, or as many as a launcher has started)
+    #[arg(long)]
+    ranks: Option<usize>,
+    /// Nodes, with as many ranks each (2; what a launcher says; 1 where they do not divide the ranks)
+    #[arg(long)]
+    nodes: Option<usize>,
+    #[command(flatten)]
+    groups: GroupArgs,
     /// How ranks talk: local, threads of this process, or nccl, processes that torchrun, mpirun or srun has started
     #[arg(long, default_value = "local")]
     comm: CommKind,
@@ -97,17 +121,14 @@ impl World {
         self.launch.as_ref().map_or(0, |launch| launch.rank)
     }
 
-    /// The sizes asked for; where they do not say, those of `usual`, of which the data-parallel groups take what is left.
+    /// As [`GroupArgs::sizes`].
     pub(crate) fn sizes(&self, usual: Sizes) -> Sizes {
-        let WorldArgs { dp, mp, ep, esp, .. } = self.args;
-        let (mp, ep, esp) = (mp.unwrap_or(usual.mp), ep.unwrap_or(usual.ep), esp.unwrap_or(usual.esp));
-        let sizes = Sizes::new(self.ranks, self.nodes, mp, ep, esp);
-        Sizes { dp: dp.unwrap_or(sizes.dp), ..sizes }
+        self.args.groups.sizes(self.ranks, self.nodes, usual)
     }
 
     /// How rows travel to their experts.
     pub(crate) fn all_to_all(&self) -> AllToAllKind {
-        self.args.a2a
+        self.args.groups.a2a
     }
 
     /// As [`on_ranks`], in groups of these sizes; `agree` is what processes have to have in common besides.
@@ -118,10 +139,10 @@ impl World {
         f: impl Fn(&Arc<Parallel>) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
         let timeout = Duration::from_secs(self.args.comm_timeout);
-        let world = WorldConfig { sizes, timeout, all_to_all: self.args.a2a, ..WorldConfig::default() };
+        let world = WorldConfig { sizes, timeout, all_to_all: self.args.groups.a2a, ..WorldConfig::default() };
         let WorldArgs { rendezvous, share_gpu, comm_ctas: ctas, .. } = &self.args;
         let (rendezvous, share_gpu, ctas) = (rendezvous.clone(), *share_gpu, *ctas);
-        let own = [("--sizes", format!("{sizes:?}")), ("--a2a", self.args.a2a.to_string())];
+        let own = [("--sizes", format!("{sizes:?}")), ("--a2a", self.args.groups.a2a.to_string())];
         let agree = own.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(agree).collect();
         let options = nccl::Options { rendezvous, share_gpu, ctas, agree, ..nccl::Options::new(timeout) };
         on_ranks(self.place, &world, self.launch.as_ref().map(|launch| (launch, options)), f)

@@ -152,7 +152,7 @@ pub fn broadcast_text(comm: &dyn Communicator, lane: &Lane, text: &str) -> Resul
 /// # Errors
 /// As [`Communicator::all_gather`].
 pub fn largest(comm: &dyn Communicator, lane: &Lane, values: &[f64]) -> Result<Vec<f64>> {
-    // As pairs of 32 bits: f64 is no type of a GPU's lanes.
+    // As pairs of 32 bits, which every lane has a type for: they are only moved.
     let halves: Vec<i32> = values.iter().flat_map(|v| [v.to_bits() as i32, (v.to_bits() >> 32) as i32]).collect();
     if halves.is_empty() {
         return Ok(Vec::new());

@@ -387,7 +387,7 @@ impl Watch {
                 self.abort_all();
                 let _ = done.send(());
             });
-            let _ = aborted.recv_timeout(self.timeout.map(grace).unwrap_or_default() / 4);
+            let _ = aborted.recv_timeout(self.timeout.map(grace).unwrap_or_default() / 8);
             exit();
         });
     }
