@@ -235,7 +235,9 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
     let (mut costs, ends) = match &settings.emulate {
         Some(profile) => {
             let nominal = shape.model.workload(shape.batch, shape.seq, &topology, all_to_all)?;
-            let nominal = ModelCosts::new(&nominal, &topology, profile)?;
+            // A task that is emulated takes what it costs, whatever runs beside it.
+            let alone = Profile { slowdown: None, ..profile.clone() };
+            let nominal = ModelCosts::new(&nominal, &topology, &alone)?;
             let here = Profile { element_bytes: settings.dtype.size(), ..profile.clone() };
             let ends = ends(&nominal, &ModelCosts::new(&blocks, &topology, &here)?);
             (nominal, Some(ends))

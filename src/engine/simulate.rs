@@ -2,6 +2,7 @@
 
 use super::{LANES, TaskGraph, TaskId, Timeline};
 use crate::device::LaneKind;
+use std::cmp::Ordering;
 use std::fmt::Display;
 
 /// By lane, then by lane, in the order of [`LANES`]: by which part of its time a task of the first takes longer
@@ -167,9 +168,10 @@ impl Simulator {
             now += step;
             for (task, pace) in tasks.iter_mut().zip(paces) {
                 if let Some(Task { id, left, .. }) = task {
-                    // Who ends first ends now, whatever rounding leaves.
-                    *left = if *left * pace <= step { 0.0 } else { *left - step / pace };
-                    if *left <= 0.0 {
+                    // Who ends first ends now, whatever rounding leaves; so does what is no number.
+                    if (*left * pace).partial_cmp(&step) == Some(Ordering::Greater) {
+                        *left = (*left - step / pace).max(0.0);
+                    } else {
                         self.times[id.index()].1 = now;
                         *task = None;
                     }
