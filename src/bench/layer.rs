@@ -81,7 +81,12 @@ impl FromStr for LayerShape {
         let parts: Vec<&str> = s.split(',').map(str::trim).collect();
         let sizes: Vec<usize> = parts.iter().take(5).filter_map(|p| p.parse().ok()).collect();
         match (<[usize; 5]>::try_from(sizes), parts.get(5), parts.len()) {
-            (Ok(sizes), Some(expert), 6) => Ok(Self::new(s, sizes, expert.parse()?)),
+            (Ok(sizes), Some(expert), 6) => {
+                if let Some((name, _)) = ["T", "M", "H", "E", "k"].iter().zip(sizes).find(|(_, size)| *size == 0) {
+                    config_err!("shape {s}: {name} = 0, which is at least 1");
+                }
+                Ok(Self::new(s, sizes, expert.parse()?))
+            }
             _ => config_err!(
                 "unknown shape {s:?}: it is one of {}, or T,M,H,E,k,expert by hand",
                 NAMED.map(|(name, ..)| name).join(", ")
@@ -449,6 +454,8 @@ mod tests {
             let message = wrong.parse::<LayerShape>().unwrap_err().to_string();
             assert!(message.contains("T,M,H,E,k,expert") && message.contains("sonic_default"), "{message}");
         }
+        let zero = "1,2,0,4,5,gpt".parse::<LayerShape>().unwrap_err().to_string();
+        assert!(zero.contains("H = 0"), "{zero}");
         assert!("1,2,3,4,5,mlp".parse::<LayerShape>().unwrap_err().to_string().contains("gpt, mixtral"));
     }
 }
