@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
                   node, ep the nodes. In round brackets: the preset's."
 )]
 pub(crate) struct Args {
-    /// Model: gpt2-moe-tiny, mixtral-tiny, gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
+    /// Model: gpt2-moe-tiny, mixtral-tiny, gpt2-moe-small, gpt2-xl-moe, mixtral-8x7b or mixtral-8x22b
     #[arg(long, value_name = "NAME", default_value = "mixtral-8x7b")]
     preset: String,
     /// Costs: fsmoe-paper (FSMoE's published ones), or a TOML file

@@ -16,7 +16,7 @@ pub(crate) struct GroupArgs {
     /// Ranks of a data-parallel group: has to be ranks over mp
     #[arg(long)]
     dp: Option<usize>,
-    /// Ranks that share each attention head and dense FFN
+    /// Ranks among which attention heads and dense FFNs are divided
     #[arg(long)]
     mp: Option<usize>,
     /// Ranks of an expert-parallel group
