@@ -125,8 +125,15 @@ pub fn kernel_table(rows: &[KernelRow]) -> String {
             f.bound.clone(),
         ]);
     }
+    let compared = rows.iter().filter(|row| row.mode == "eager").filter_map(|row| {
+        let (shapes, error) = (row.compared.as_ref()?.join("; "), row.largest_error?);
+        Some(format!(
+            "{} {}: as the CPU's, off by {error:.1e} of the largest at most, on {shapes}\n",
+            row.name, row.implementation
+        ))
+    });
     let errors = rows.iter().filter_map(|row| {
         row.error.as_ref().map(|error| format!("{} {} {}: {error}\n", row.name, row.implementation, row.mode))
     });
-    format!("{table}{}", errors.collect::<String>())
+    format!("{table}{}{}", compared.collect::<String>(), errors.collect::<String>())
 }

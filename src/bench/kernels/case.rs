@@ -296,13 +296,28 @@ impl Case {
         sizes
     }
 
+    /// The largest size halved, the sizes being made legal; the same where no size can be less.
+    pub(in crate::bench) fn halved(&self, sizes: &Sizes) -> Sizes {
+        let mut by_size: Vec<(&str, usize)> = sizes.0.clone();
+        by_size.sort_by_key(|(_, size)| std::cmp::Reverse(*size));
+        let halves = by_size.into_iter().map(|(name, size)| {
+            let mut half = sizes.clone();
+            let mut fix = Fix(&mut half);
+            fix.set(name, size / 2);
+            (self.fix)(&mut fix);
+            half
+        });
+        let less = |other: &Sizes| other.0.iter().zip(&sizes.0).all(|(a, b)| a.1 <= b.1) && other != sizes;
+        halves.into_iter().find(less).unwrap_or_else(|| sizes.clone())
+    }
+
     /// The least bytes that a run moves: what it reads and writes, once, and what it adds to, twice.
     pub fn bytes(&self, sizes: &Sizes, dtype: DType) -> f64 {
         (self.args)(sizes).iter().map(|arg| arg.bytes(dtype)).sum()
     }
 
-    /// Its tensors on `kernels`' device, filled and set up. Outputs are poisoned where they are small enough to be checked;
-    /// what large ones hold is nobody's affair, and would take longer to upload than the benchmark takes.
+    /// Its tensors on `kernels`' device, filled and set up. Outputs are poisoned where they are small; what large ones
+    /// hold is nobody's affair when they are timed, and would take longer to upload than the benchmark takes.
     ///
     /// # Errors
     /// If the device fails or has no memory left.

@@ -75,6 +75,9 @@ pub struct KernelRow {
     /// The largest error against the CPU, relative to the largest right value, of somebody's kernels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub largest_error: Option<f64>,
+    /// The sizes that somebody's results were compared with the CPU's on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compared: Option<Vec<String>>,
     /// Why there are no figures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -118,6 +121,7 @@ impl KernelRow {
             mode: mode.into(),
             replaces: None,
             largest_error: None,
+            compared: None,
             error: None,
             figures: None,
         }
