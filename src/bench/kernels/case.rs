@@ -279,7 +279,10 @@ impl Case {
         let mut fixed = sizes.clone();
         (self.fix)(&mut Fix(&mut fixed));
         if fixed != sizes {
-            config_err!("{} with {sizes}: its rules make that {fixed}", self.name);
+            let changed = sizes.iter().zip(fixed.iter()).filter(|(given, fixed)| given != fixed);
+            let changed: Vec<String> =
+                changed.map(|((name, given), (_, fixed))| format!("{name} = {given} must be {fixed} there")).collect();
+            config_err!("{} with {sizes}: {}", self.name, changed.join(", "));
         }
         Ok(sizes)
     }
