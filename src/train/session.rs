@@ -147,7 +147,7 @@ impl Run {
             Some(parallel) => Trainer::on_ranks(&lane, &config, &model, corpus, parallel)?,
         };
         if let Some(dir) = &self.resumed {
-            let state = checkpoint::restore(dir, &lane, &mut trainer)?;
+            let state = checkpoint::restore(dir, &mut trainer)?;
             check_continuation(dir, &state, &config)?;
         }
         let first = trainer.steps_done();
@@ -357,7 +357,7 @@ impl Session {
             samples: step * (self.config.batch * self.config.accumulate) as u64,
         };
         let dir = self.lead.as_ref().map(|lead| lead.folder.checkpoints());
-        let path = checkpoint::save(dir.as_deref(), &self.lane, &self.trainer, &state, self.config.keep_last)?;
+        let path = checkpoint::save(dir.as_deref(), &self.trainer, &state, self.config.keep_last)?;
         self.saved = Some((step, path.clone()));
         Ok(path)
     }

@@ -10,6 +10,7 @@ use crate::autograd::{Init, Tape};
 use crate::comm::{Sizes, Topology};
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
+use crate::model::checkpoint::Whole;
 use crate::model::{ModelConfig, Transformer};
 use crate::moe::distributed::Parallel;
 use crate::moe::{Routing, RoutingStats, StepContext};
@@ -168,30 +169,44 @@ impl Trainer {
         self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.barrier(&self.lane))
     }
 
-    /// Tensors of the model or the optimizer, by name, each as a whole.
+    /// What tensors of the model or the optimizer are as wholes.
+    pub fn wholes(&self, tensors: &[(String, Tensor)]) -> Vec<Whole> {
+        let mut wholes = Whole::of(tensors);
+        for whole in &mut wholes {
+            if let Some(shard) = self.ranks.as_ref().and_then(|ranks| ranks.shard(&whole.name)) {
+                whole.shape = shard.full();
+            }
+        }
+        wholes
+    }
+
+    /// A tensor of the model or the optimizer, by name, as a whole, in host memory: the other ranks [`Trainer::give`] it.
     ///
     /// # Errors
-    /// If another rank fails or never comes, or the device has no memory left.
-    pub fn whole(&self, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+    /// If another rank fails or never comes, or the device has no memory left for a part.
+    pub fn whole(&self, (name, part): &(String, Tensor)) -> Result<Tensor> {
         match &self.ranks {
-            None => Ok(tensors),
-            Some(ranks) => ranks.whole(&self.lane, tensors),
+            None => self.lane.to_host(part),
+            Some(ranks) => ranks.whole(&self.lane, name, part),
         }
     }
 
-    /// Has `load` write tensors of the model or the optimizer, by name, each as a whole, and keeps this rank's part.
+    /// Gives this rank's part of a tensor to the one that asks for the [`Trainer::whole`].
     ///
     /// # Errors
-    /// Those of `load`; if the device has no memory left.
-    pub fn load(
-        &self,
-        tensors: Vec<(String, Tensor)>,
-        load: impl FnOnce(Vec<(String, Tensor)>) -> Result<()>,
-    ) -> Result<()> {
-        let Some(ranks) = &self.ranks else { return load(tensors) };
-        let whole = ranks.to_load(&self.lane, &tensors)?;
-        load(whole.clone())?;
-        ranks.take(&self.lane, &tensors, &whole)
+    /// As there.
+    pub fn give(&self, (name, part): &(String, Tensor)) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.give(&self.lane, name, part))
+    }
+
+    /// Takes this rank's part of a tensor of the model or the optimizer from the whole of it, in host memory, whose floats may
+    /// be of another type.
+    ///
+    /// # Errors
+    /// If the whole has another shape, or the device fails.
+    pub fn take(&self, (name, part): &(String, Tensor), whole: &Tensor) -> Result<()> {
+        let own = self.ranks.as_ref().map_or(Ok(None), |ranks| ranks.own(name, whole))?;
+        self.lane.copy(&self.lane.to_device(own.as_ref().unwrap_or(whole))?, part)
     }
 
     /// Steps done.
@@ -372,7 +387,7 @@ impl Trainer {
 
     fn non_finite_parameter(&self) -> Option<String> {
         let bad = self.model.parameters().into_iter().find(|p| {
-            let host = self.lane.cast(p.value(), DType::F64).and_then(|t| self.lane.to_host(&t));
+            let host = self.lane.to_host(p.value()).and_then(|t| Lane::cpu().cast(&t, DType::F64));
             host.and_then(|t| t.to_vec::<f64>()).is_ok_and(|v| v.iter().any(|v| !v.is_finite()))
         });
         bad.map(|p| p.name().to_owned())
