@@ -32,6 +32,21 @@ pub struct StepOutcome {
     pub routing: Vec<RoutingStats>,
 }
 
+/// How many of `windows` held-out windows an evaluation is on, a micro-batch after the other: of the last, shorter one as many
+/// as have tokens that `parts` divide on each of `dp` data-parallel ranks, or on every rank where these do not divide it.
+fn held_out(windows: usize, config: &TrainConfig, dp: usize, parts: usize) -> Result<usize> {
+    let TrainConfig { batch, seq, .. } = *config;
+    let fits = |&n: &usize| (if n.is_multiple_of(dp) { n / dp } else { n } * seq).is_multiple_of(parts);
+    let last = (0..=windows % batch).rev().find(fits).unwrap_or(0);
+    match windows - windows % batch + last {
+        0 => config_err!(
+            "{windows} held-out windows of --seq {seq}: MP ranks times routing groups, {parts}, divide the tokens of no number \
+             of them; --batch {batch} or more of --eval-windows, in as much text, are divided"
+        ),
+        n => Ok(n),
+    }
+}
+
 /// Model, optimizer and data of a run.
 pub struct Trainer {
     lane: Lane,
@@ -39,6 +54,8 @@ pub struct Trainer {
     corpus: Corpus,
     model: Transformer,
     optimizer: Optimizer,
+    /// What the tokens of a micro-batch are divided among on a data-parallel rank: MP ranks times routing groups.
+    parts: usize,
     /// Where other ranks share the work.
     ranks: Option<Ranks>,
     /// What is worth telling of how it began.
@@ -87,8 +104,8 @@ impl Trainer {
         if !config.batch.is_multiple_of(dp) {
             config_err!("--batch {} with --dp {dp}: each data-parallel rank has as many sequences", config.batch);
         }
-        let tokens = config.batch / dp * config.seq;
-        if !tokens.is_multiple_of(mp * model.moe.groups) {
+        let (tokens, parts) = (config.batch / dp * config.seq, mp * model.moe.groups);
+        if !tokens.is_multiple_of(parts) {
             config_err!(
                 "{} routing groups on each of {mp} MP ranks do not divide the {}·{} tokens of a micro-batch",
                 model.moe.groups,
@@ -97,12 +114,21 @@ impl Trainer {
             );
         }
         corpus.require(config.seq)?;
+        let mut notes = Vec::new();
+        let windows = corpus.held_out_windows(config.seq, config.eval_windows).len();
+        let evaluated = held_out(windows, config, dp, parts)?;
+        if evaluated < windows {
+            notes.push(format!(
+                "note: evaluations are on {evaluated} held-out windows, not {windows}: {mp} MP ranks × {} routing groups do not \
+                 divide the tokens of the last ones",
+                model.moe.groups
+            ));
+        }
         let init = Init::new(lane, config.dtype, config.seed);
         let model = match parallel {
             None => Transformer::new(&init, model)?,
             Some(parallel) => Transformer::on_ranks(&init, model, parallel)?,
         };
-        let mut notes = Vec::new();
         let ranks = parallel.map(|parallel| {
             let plan = plans::of_run(&config.world, parallel, &model, tokens, &mut notes)?;
             Ranks::new(lane, parallel, &model, plan, None)
@@ -120,7 +146,8 @@ impl Trainer {
             clip: config.clip,
         };
         let optimizer = Optimizer::new(lane, optimizer, model.parameters())?;
-        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, ranks, notes, step: 0 })
+        let (lane, config) = (lane.clone(), config.clone());
+        Ok(Trainer { lane, config, corpus, model, optimizer, parts, ranks, notes, step: 0 })
     }
 
     /// The model.
@@ -320,16 +347,20 @@ impl Trainer {
         }
     }
 
-    /// Mean cross-entropy over `windows` fixed held-out windows, nats per byte, dropping nothing where the gate allows.
+    /// Mean cross-entropy over `windows` fixed held-out windows, nats per byte, dropping nothing where the gate allows; over
+    /// fewer, where MP ranks and routing groups do not divide the tokens of the last ones.
     ///
     /// # Errors
-    /// If the device fails, and [`Error::Numeric`] if the loss is not finite.
+    /// If they divide those of none, if the device fails, and [`Error::Numeric`] if the loss is not finite.
     pub fn evaluate(&self, windows: usize) -> Result<f64> {
-        let (seq, batch) = (self.config.seq, self.config.batch.min(windows));
-        let windows = self.corpus.held_out_windows(seq, windows);
+        let seq = self.config.seq;
         let (share, shares) = self.share();
+        let windows = self.corpus.held_out_windows(seq, windows);
+        let evaluated = held_out(windows.len(), &self.config, shares, self.parts)?;
+        // Spread evenly over the text, however many there are.
+        let windows = self.corpus.held_out_windows(seq, evaluated);
         let mut sum = 0.0;
-        for all in windows.chunks(batch) {
+        for all in windows.chunks(self.config.batch) {
             // What cannot be shared evenly, every rank has whole.
             let each = all.len() / shares;
             let chunk = if all.len() == each * shares { &all[share * each..(share + 1) * each] } else { all };
