@@ -116,8 +116,13 @@ impl Journey<'_> {
                 if travels { self.put(chunk, t) } else { self.end(lane, &pieces, &t) }
             }
             Stage::Combine(phase) => {
-                let t = self.exchange(lane, usize::from(phase), &pieces, true, self.take(chunk)?)?;
-                if usize::from(phase) + 1 == phases { self.end(lane, &pieces, &t) } else { self.put(chunk, t) }
+                let (phase, t) = (usize::from(phase), self.take(chunk)?);
+                if phase + 1 < phases {
+                    return self.put(chunk, self.exchange(lane, phase, &pieces, true, t)?);
+                }
+                let (counts, place) = (self.cut.counts(pieces.clone(), true)?, self.place(&pieces)?);
+                let group = self.parallel.groups().expert();
+                self.parallel.all_to_all().run_into(phase, group, lane, &counts, &t, &place)
             }
         }
     }
@@ -254,12 +259,14 @@ impl Journey<'_> {
         (0..members).map(part).collect()
     }
 
-    /// A chunk's rows where they began.
+    /// Where a chunk's rows end.
+    fn place(&self, pieces: &Range<usize>) -> Result<Tensor> {
+        let rows = |pieces: Range<usize>| self.cut.total(&self.cut.sent(pieces));
+        self.back.narrow(0, rows(0..pieces.start), rows(pieces.clone()))
+    }
+
+    /// A chunk's rows there.
     fn end(&self, lane: &Lane, pieces: &Range<usize>, t: &Tensor) -> Result<()> {
-        let before = self.cut.total(&self.cut.sent(0..pieces.start));
-        match t.dim(0) {
-            0 => Ok(()),
-            rows => lane.copy(t, &self.back.narrow(0, before, rows)?),
-        }
+        self.arranger().place(lane, t, &self.place(pieces)?)
     }
 }
