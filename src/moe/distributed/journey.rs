@@ -22,6 +22,8 @@ pub(super) trait Steps: Sync {
     fn finish(&self, lane: &Lane, piece: usize) -> Result<()>;
     /// Before it travels back.
     fn leave(&self, lane: &Lane, piece: usize, rows: Tensor) -> Result<Tensor>;
+    /// Whether anything happens when it comes, and before it leaves.
+    fn happens(&self) -> [bool; 2];
 }
 
 /// One pass through a layer.
@@ -164,24 +166,31 @@ impl Journey<'_> {
         }
     }
 
+    /// Whether rows lie piece by piece where an ESP group has them, on the way there and on the way back. Where nothing
+    /// happens to a piece there, they lie as the all-to-all has them, and are only then put in order.
+    fn stops(&self) -> [bool; 2] {
+        let sharded = self.parallel.groups().topology().size(GroupKind::Shard) > 1;
+        self.steps.happens().map(|happens| happens || !sharded)
+    }
+
     /// From the order in which rows are received to that in which they are computed.
     fn arrive(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let layout = self.layout(pieces);
+        if !self.stops()[0] {
+            return Ok(t);
+        }
+        let layout = self.cut.arrived(pieces.clone());
         let t = self.cut.arrange(self.arranger(), lane, &t, &self.cut.received(pieces.clone()), &layout)?;
         self.piecewise(pieces, layout, &t, lane, |piece, t| self.steps.arrive(lane, piece, t))
     }
 
     /// And back.
     fn leave(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let layout = self.layout(pieces);
+        if !self.stops()[1] {
+            return Ok(t);
+        }
+        let layout = self.cut.arrived(pieces.clone());
         let t = self.piecewise(pieces, layout.clone(), &t, lane, |piece, t| self.steps.leave(lane, piece, t))?;
         self.cut.arrange(self.arranger(), lane, &t, &layout, &self.cut.received(pieces.clone()))
-    }
-
-    /// How this rank's own rows lie at the rank of their experts.
-    fn layout(&self, pieces: &Range<usize>) -> Vec<Segment> {
-        let rank = self.parallel.groups().rank();
-        self.cut.arrived(pieces.clone(), self.parallel.groups().topology().position(GroupKind::Shard, rank))
     }
 
     /// `f` on every piece of rows that lie piece by piece: `t` itself where `f` gives back what it is given.
@@ -225,38 +234,39 @@ impl Journey<'_> {
 
     /// The rows of every member of the ESP group, as the experts take them.
     fn gather(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let (group, layout) = (self.parallel.groups().get(GroupKind::Shard), self.cut.gathered(pieces.clone()));
+        let group = self.parallel.groups().get(GroupKind::Shard);
+        let layout = self.cut.gathered(pieces.clone(), self.stops()[0]);
         let all = lane.empty([self.cut.total(&layout), t.dim(1)], t.dtype())?;
         if self.cut.is_even() {
             group.all_gather(lane, &t, &all)?;
         } else {
-            group.all_gather_ragged(lane, &t, &self.by_member(group.size(), pieces, &all)?)?;
+            group.all_gather_ragged(lane, &t, &self.by_member(pieces, &all)?)?;
         }
         self.cut.arrange(self.arranger(), lane, &all, &layout, &self.cut.computed(pieces.clone()))
     }
 
     /// The sum of all members' parts of the results, each member getting those of its own rows.
     fn scatter(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let (group, layout) = (self.parallel.groups().get(GroupKind::Shard), self.cut.gathered(pieces.clone()));
+        let group = self.parallel.groups().get(GroupKind::Shard);
+        let layout = self.cut.gathered(pieces.clone(), self.stops()[1]);
         let all = self.cut.arrange(self.arranger(), lane, &t, &self.cut.computed(pieces.clone()), &layout)?;
-        let mine = lane.empty([self.cut.total(&self.layout(pieces)), t.dim(1)], t.dtype())?;
+        let mine = lane.empty([self.cut.members(pieces.clone())[group.rank()], t.dim(1)], t.dtype())?;
         if self.cut.is_even() {
             group.reduce_scatter(lane, &all, &mine)?;
         } else {
-            group.reduce_scatter_ragged(lane, &self.by_member(group.size(), pieces, &all)?, &mine)?;
+            group.reduce_scatter_ragged(lane, &self.by_member(pieces, &all)?, &mine)?;
         }
         Ok(mine)
     }
 
     /// Rows of all members of the ESP group, one after the other, cut into each member's.
-    fn by_member(&self, members: usize, pieces: &Range<usize>, all: &Tensor) -> Result<Vec<Tensor>> {
+    fn by_member(&self, pieces: &Range<usize>, all: &Tensor) -> Result<Vec<Tensor>> {
         let mut at = 0;
-        let part = |esp| {
-            let rows = self.cut.total(&self.cut.arrived(pieces.clone(), esp));
+        let part = |rows| {
             at += rows;
             all.narrow(0, at - rows, rows)
         };
-        (0..members).map(part).collect()
+        self.cut.members(pieces.clone()).into_iter().map(part).collect()
     }
 
     /// Where a chunk's rows end.
