@@ -34,8 +34,8 @@ pub(super) struct Journey<'a> {
     gradients: Option<&'a GradientBuffers>,
     /// (R, M): where it begins, as the order laid the rows out.
     rows: &'a Tensor,
-    /// (R, M): where it ends, chunk after chunk.
-    back: Tensor,
+    /// (R, M): where it ends, chunk after chunk; none where its only chunk never leaves the rank: that is where it ends.
+    back: Option<Tensor>,
     /// Where each chunk has got to.
     chunks: Vec<Mutex<Option<Tensor>>>,
     /// What one lane has left for another, until both are done with it: when the graph has been joined.
@@ -63,16 +63,19 @@ pub(super) fn journey(
         Some(r) if (1..=cut.most_chunks()).contains(&r) => r,
         r => config_err!("a graph of {} chunks for rows in {} parts: 1 to as many", r.unwrap_or(0), cut.most_chunks()),
     };
-    let back = lane.empty_like(rows)?;
+    let topology = parallel.groups().topology();
+    let stays = [GroupKind::Expert, GroupKind::Shard].into_iter().all(|kind| topology.size(kind) == 1);
+    let back = if r == 1 && stays { None } else { Some(lane.empty_like(rows)?) };
     let chunks = (0..r).map(|_| Mutex::default()).collect();
     let way = Journey { parallel, cut, steps, gradients, rows, back, chunks, kept: Mutex::default() };
     let timeline = parallel.run(graph, |id, op| way.task(parallel.lane(graph.lane(id)), op))?;
     ended()?;
+    let Some(back) = &way.back else { return Ok((way.take(0)?, timeline)) };
     let mut have: Vec<Segment> = Vec::new();
     for chunk in 0..r {
         have.extend(cut.sent(cut.chunk(chunk, r)?));
     }
-    Ok((cut.arrange(way.arranger(), lane, &way.back, &have, &cut.ordered())?, timeline))
+    Ok((cut.arrange(way.arranger(), lane, back, &have, &cut.ordered())?, timeline))
 }
 
 impl Journey<'_> {
@@ -109,21 +112,23 @@ impl Journey<'_> {
                     self.steps.compute(lane, piece, t)
                 })?;
                 let t = if sharded { t } else { self.leave(lane, &pieces, t)? };
-                if sharded || travels { self.put(chunk, t) } else { self.end(lane, &pieces, &t) }
+                if sharded || travels { self.put(chunk, t) } else { self.end(lane, chunk, &pieces, t) }
             }
             Stage::WeightGrad => pieces.into_iter().try_for_each(|piece| self.steps.finish(lane, piece)),
             Stage::ReduceScatter => {
-                let t = self.scatter(lane, &pieces, self.take(chunk)?)?;
+                let t = self.take(chunk)?;
+                let mine = if travels || self.stops()[1] { None } else { self.place(&pieces)? };
+                let t = self.scatter(lane, &pieces, t, mine)?;
                 let t = self.leave(lane, &pieces, t)?;
-                if travels { self.put(chunk, t) } else { self.end(lane, &pieces, &t) }
+                if travels { self.put(chunk, t) } else { self.end(lane, chunk, &pieces, t) }
             }
             Stage::Combine(phase) => {
                 let (phase, t) = (usize::from(phase), self.take(chunk)?);
-                if phase + 1 < phases {
+                let place = if phase + 1 == phases { self.place(&pieces)? } else { None };
+                let Some(place) = place else {
                     return self.put(chunk, self.exchange(lane, phase, &pieces, true, t)?);
-                }
-                let (counts, place) = (self.cut.counts(pieces.clone(), true)?, self.place(&pieces)?);
-                let group = self.parallel.groups().expert();
+                };
+                let (counts, group) = (self.cut.counts(pieces.clone(), true)?, self.parallel.groups().expert());
                 self.parallel.all_to_all().run_into(phase, group, lane, &counts, &t, &place)
             }
         }
@@ -245,12 +250,15 @@ impl Journey<'_> {
         self.cut.arrange(self.arranger(), lane, &all, &layout, &self.cut.computed(pieces.clone()))
     }
 
-    /// The sum of all members' parts of the results, each member getting those of its own rows.
-    fn scatter(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
+    /// The sum of all members' parts of the results, each member getting those of its own rows: in `mine`, if it is there.
+    fn scatter(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor, mine: Option<Tensor>) -> Result<Tensor> {
         let group = self.parallel.groups().get(GroupKind::Shard);
         let layout = self.cut.gathered(pieces.clone(), self.stops()[1]);
         let all = self.cut.arrange(self.arranger(), lane, &t, &self.cut.computed(pieces.clone()), &layout)?;
-        let mine = lane.empty([self.cut.members(pieces.clone())[group.rank()], t.dim(1)], t.dtype())?;
+        let mine = match mine {
+            Some(mine) => mine,
+            None => lane.empty([self.cut.members(pieces.clone())[group.rank()], t.dim(1)], t.dtype())?,
+        };
         if self.cut.is_even() {
             group.reduce_scatter(lane, &all, &mine)?;
         } else {
@@ -269,14 +277,18 @@ impl Journey<'_> {
         self.cut.members(pieces.clone()).into_iter().map(part).collect()
     }
 
-    /// Where a chunk's rows end.
-    fn place(&self, pieces: &Range<usize>) -> Result<Tensor> {
+    /// Where a chunk's rows end, if that is not where they are.
+    fn place(&self, pieces: &Range<usize>) -> Result<Option<Tensor>> {
+        let Some(back) = &self.back else { return Ok(None) };
         let rows = |pieces: Range<usize>| self.cut.total(&self.cut.sent(pieces));
-        self.back.narrow(0, rows(0..pieces.start), rows(pieces.clone()))
+        back.narrow(0, rows(0..pieces.start), rows(pieces.clone())).map(Some)
     }
 
     /// A chunk's rows there.
-    fn end(&self, lane: &Lane, pieces: &Range<usize>, t: &Tensor) -> Result<()> {
-        self.arranger().place(lane, t, &self.place(pieces)?)
+    fn end(&self, lane: &Lane, chunk: usize, pieces: &Range<usize>, t: Tensor) -> Result<()> {
+        match self.place(pieces)? {
+            Some(place) => self.arranger().place(lane, &t, &place),
+            None => self.put(chunk, lane.contiguous(&t)?),
+        }
     }
 }
