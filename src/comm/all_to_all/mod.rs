@@ -13,6 +13,7 @@ use crate::named::named;
 use crate::tensor::{Shape, Tensor};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// An all-to-all of rows, in phases.
@@ -238,12 +239,20 @@ const MOST_ORDERS: usize = 1024;
 
 /// Puts rows in another order. Orders come again step after step: on a GPU they are kept there.
 #[derive(Default)]
-pub struct Arranger(Mutex<HashMap<Runs, Tensor>>);
+pub struct Arranger {
+    orders: Mutex<HashMap<Runs, Tensor>>,
+    moved: AtomicU64,
+}
 
 /// Runs of rows, one after another, and the lane they are for.
 type Runs = (LaneKind, Vec<Range<usize>>);
 
 impl Arranger {
+    /// How many rows it has read and written so far.
+    pub fn rows_moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
     /// The rows of `t` (R, M) in the order of `ranges`: `t` itself where that is the order they have.
     ///
     /// # Errors
@@ -260,6 +269,7 @@ impl Arranger {
         if runs.len() <= 1 && total == t.dim(0) {
             return Ok(t.clone());
         }
+        self.moved.fetch_add(total as u64, Ordering::Relaxed);
         let out = lane.empty([total, t.dim(1)], t.dtype())?;
         if runs.len() > FEW_RUNS && t.dtype().is_float() {
             lane.gather_rows(t, &self.index(lane, runs)?, &out)?;
@@ -284,6 +294,7 @@ impl Arranger {
         if t.dim(0) == 0 || t.ptr() == out.ptr() {
             return Ok(());
         }
+        self.moved.fetch_add(t.dim(0) as u64, Ordering::Relaxed);
         lane.copy(t, out)
     }
 
@@ -291,7 +302,7 @@ impl Arranger {
     fn index(&self, lane: &Lane, runs: Vec<Range<usize>>) -> Result<Tensor> {
         // Of this lane alone: what another has uploaded may not be there yet.
         let key = (lane.kind(), runs);
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(index) = known.get(&key) {
             return Ok(index.clone());
         }

@@ -1,4 +1,19 @@
 //! The way of a layer's rows: to the experts, through them and back, in chunks, as a graph says.
+//!
+//! Collectives and products want rows in different orders. What is read and written for that alone in a pass, in multiples
+//! of the R rows that a rank sends, with one piece per chunk ([`Arranger::rows_moved`] counts it):
+//!
+//! | | times | where |
+//! |---|---|---|
+//! | a chunk, out of [expert][piece] | 1 | r > 1 |
+//! | [source][expert] to [expert][source], after the dispatch and before the combine | 2 | N_EP > 1, several experts to a rank; among ESP ranks only with a hook there |
+//! | what the ESP group has to [expert][source], and back | 2·N_ESP | N_ESP > 1 |
+//! | the node's part of an all-to-all of two levels, there and back | 4 | 2DH |
+//! | a chunk, to where it ends | 1 | r > 1, N_EP = N_ESP = 1; all-to-alls without a [`run_into`](crate::comm::AllToAll::run_into) |
+//! | chunks, into [expert][piece] | 1 | r > 1 |
+//!
+//! The collectives write what comes back where it ends. Several pieces to a chunk are put together again after the experts,
+//! and after a hook: once more for each.
 
 use super::cut::{Cut, Segment};
 use super::gradients::GradientBuffers;
@@ -232,7 +247,7 @@ impl Journey<'_> {
         }
         let out = lane.empty_like(t)?;
         for (at, part) in parts {
-            lane.copy(&part, &out.narrow(0, at, part.dim(0))?)?;
+            self.arranger().place(lane, &part, &out.narrow(0, at, part.dim(0))?)?;
         }
         Ok(out)
     }
