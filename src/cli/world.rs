@@ -139,9 +139,20 @@ impl World {
         f: impl Fn(&Arc<Parallel>) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
         let timeout = Duration::from_secs(self.args.comm_timeout);
-        let world = WorldConfig { sizes, timeout, all_to_all: self.args.groups.a2a, ..WorldConfig::default() };
-        let WorldArgs { rendezvous, share_gpu, comm_ctas: ctas, .. } = &self.args;
-        let (rendezvous, share_gpu, ctas) = (rendezvous.clone(), *share_gpu, *ctas);
+        let WorldArgs { rendezvous, share_gpu, comm_ctas: ctas, comm, .. } = &self.args;
+        let (rendezvous, share_gpu, ctas, comm) = (rendezvous.clone(), *share_gpu, *ctas, *comm);
+        let hosts = self.launch.as_ref().and_then(Launch::nodes);
+        let all_to_all = self.args.groups.a2a;
+        let world = WorldConfig {
+            sizes,
+            comm,
+            timeout,
+            all_to_all,
+            share_gpu,
+            comm_ctas: ctas,
+            hosts,
+            ..WorldConfig::default()
+        };
         let own = [("--sizes", format!("{sizes:?}")), ("--a2a", self.args.groups.a2a.to_string())];
         let agree = own.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(agree).collect();
         let options = nccl::Options { rendezvous, share_gpu, ctas, agree, ..nccl::Options::new(timeout) };

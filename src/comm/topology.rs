@@ -75,7 +75,8 @@ impl Topology {
     /// Names the first size that breaks a rule, and the rule.
     pub fn new(sizes: Sizes) -> Result<Self> {
         let Sizes { ranks, nodes, dp, mp, ep, esp } = sizes;
-        let named = [("ranks", ranks), ("nodes", nodes), ("dp", dp), ("mp", mp), ("ep", ep), ("esp", esp)];
+        // dp last: where nobody gave it, it comes of mp.
+        let named = [("ranks", ranks), ("nodes", nodes), ("mp", mp), ("ep", ep), ("esp", esp), ("dp", dp)];
         for (name, value) in named {
             if value == 0 {
                 config_err!("{name} = 0: it is at least 1");
@@ -209,7 +210,9 @@ mod tests {
     #[test]
     fn sizes_that_break_a_rule_are_named() {
         let ok = Sizes::new(8, 2, 4, 2, 4);
-        let cases: [(Sizes, &[&str]); 6] = [
+        let cases: [(Sizes, &[&str]); 8] = [
+            (Sizes::new(32, 4, 5, 4, 8), &["mp = 5", "32 ranks", "divides"]),
+            (Sizes::new(32, 4, 0, 4, 8), &["mp = 0", "at least 1"]),
             (Sizes { nodes: 0, ..ok }, &["nodes = 0", "at least 1"]),
             (Sizes { nodes: 3, ..ok }, &["nodes = 3", "8 ranks", "divides"]),
             (Sizes { mp: 3, ..ok }, &["mp = 3", "8 ranks", "divides"]),

@@ -5,7 +5,6 @@
 //! and step are the whole state of the generators.
 
 use super::trainer::Trainer;
-use crate::device::Lane;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::checkpoint as weights;
@@ -35,33 +34,32 @@ pub struct RunState {
 pub const FORMAT: u32 = 1;
 
 /// Writes `dir/step-NNNNNN` and removes the oldest checkpoints beyond `keep_last`. Returns the new folder. Of several ranks
-/// all take part, and the one that is given a folder writes what all of them hold.
+/// all take part, and the one that is given a folder writes what all of them hold, one tensor at a time.
 ///
 /// Checkpoints of later steps are removed as well: the run has gone back, and they belong to a course it has left.
 ///
 /// # Errors
 /// If a parameter is not finite, or a file cannot be written; checkpoints that were there before are then whole.
-pub fn save(
-    dir: Option<&Path>,
-    lane: &Lane,
-    trainer: &Trainer,
-    state: &RunState,
-    keep_last: usize,
-) -> Result<Option<PathBuf>> {
+pub fn save(dir: Option<&Path>, trainer: &Trainer, state: &RunState, keep_last: usize) -> Result<Option<PathBuf>> {
     trainer.check_finite()?;
-    let model = trainer.whole(weights::named(trainer.model()))?;
-    let optimizer = trainer.whole(optimizer(trainer))?;
-    // What other ranks had to give has come: of a rank that failed, nothing is written.
+    // Of a rank that has failed, nothing is written.
     trainer.barrier()?;
+    let (model, optimizer) = (weights::named(trainer.model()), optimizer(trainer));
+    let (model_wholes, optimizer_wholes) = (trainer.wholes(&model), trainer.wholes(&optimizer));
     let Some(dir) = dir else {
+        // As the rank that writes asks for them.
+        for (tensors, wholes) in [(&model, &model_wholes), (&optimizer, &optimizer_wholes)] {
+            weights::write_order(wholes).into_iter().try_for_each(|i| trainer.give(&tensors[i]))?;
+        }
         trainer.barrier()?;
         return Ok(None);
     };
     let path = dir.join(format!("step-{:06}", state.step));
     std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     fsio::atomic_dir(&path, |tmp| {
-        weights::write_as(tmp, lane, trainer.model().config(), trainer.model().dtype(), model)?;
-        weights::write_tensors(&tmp.join(OPTIMIZER), lane, optimizer)?;
+        let (config, dtype) = (trainer.model().config(), trainer.model().dtype());
+        weights::write_as(tmp, config, dtype, &model_wholes, &mut |i| trainer.whole(&model[i]))?;
+        weights::write_wholes(&tmp.join(OPTIMIZER), &optimizer_wholes, &mut |i| trainer.whole(&optimizer[i]))?;
         let text = serde_json::to_string_pretty(state).map_err(|e| Error::Config(format!("run state: {e}")))?;
         let file = tmp.join(STATE);
         fsio::atomic_write(&file, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io(&file, e)))
@@ -138,14 +136,13 @@ pub fn read_state(dir: &Path) -> Result<RunState> {
 ///
 /// # Errors
 /// If a file is missing, damaged, or of another model.
-pub fn restore(dir: &Path, lane: &Lane, trainer: &mut Trainer) -> Result<RunState> {
+pub fn restore(dir: &Path, trainer: &mut Trainer) -> Result<RunState> {
     let state = read_state(dir)?;
     let file = weights::TensorFile::open(&dir.join(OPTIMIZER))?;
-    trainer.load(optimizer(trainer), |targets| {
-        file.check(&targets)?;
-        trainer.load(weights::named(trainer.model()), |targets| weights::load_named(dir, lane, targets))?;
-        file.read_into(lane, &targets)
-    })?;
+    let (model, optimizer) = (weights::named(trainer.model()), optimizer(trainer));
+    file.check(&trainer.wholes(&optimizer))?;
+    weights::load_wholes(dir, &trainer.wholes(&model), &mut |i, whole| trainer.take(&model[i], whole))?;
+    optimizer.iter().try_for_each(|tensor| trainer.take(tensor, &file.read(&tensor.0)?))?;
     trainer.set_steps_done(state.step);
     Ok(state)
 }

@@ -60,7 +60,7 @@ settings! {
     lr: f64,
     /// The last step's learning rate over the peak's (0.1)
     min_lr_ratio: f64,
-    /// Steps of linear warm-up (20, or a fifth of fewer than 100 steps)
+    /// Steps of linear warm-up (50, or half of fewer than 100 steps)
     warmup: u64,
     /// Decoupled weight decay, on matrices (0.1)
     weight_decay: f64,
@@ -234,7 +234,7 @@ impl Settings {
             accumulate: self.accumulate.unwrap_or(d.accumulate),
             lr: self.lr.unwrap_or(d.lr),
             min_lr_ratio: self.min_lr_ratio.unwrap_or(d.min_lr_ratio),
-            warmup: self.warmup.unwrap_or(d.warmup.min(steps / 5)),
+            warmup: self.warmup.unwrap_or(d.warmup.min(steps / 2)),
             weight_decay: self.weight_decay.unwrap_or(d.weight_decay),
             beta1: self.beta1.unwrap_or(d.beta1),
             beta2: self.beta2.unwrap_or(d.beta2),
@@ -359,7 +359,7 @@ impl Default for TrainConfig {
             accumulate: 1,
             lr: 3e-3,
             min_lr_ratio: 0.1,
-            warmup: 20,
+            warmup: 50,
             weight_decay: 0.1,
             beta1: 0.9,
             beta2: 0.95,

@@ -7,10 +7,10 @@ use crate::comm::{AllToAllKind, Topology, broadcast_text};
 use crate::device::LaneKind;
 use crate::error::{Error, Result};
 use crate::model::{Block, Transformer};
-use crate::moe::Capacity;
-use crate::moe::distributed::{Parallel, Subject, measure};
+use crate::moe::distributed::{METHOD, Parallel, Subject, measure};
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
+use crate::moe::{Capacity, MoeConfig};
 use crate::schedule::{BlockShape, LayerShape, ModelCosts, Plan, Planner, Policy, Profile, policy};
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,7 +45,7 @@ pub(super) fn of_run(
     let profile = match &config.profile {
         Some(name) => Profile::find(name)?,
         None => {
-            let key = machine(parallel, model, &blocks, config)?;
+            let key = machine(&lane.name()?, model, &blocks, config);
             let known = cache.profile(&key, notes).map_or(Ok(String::new()), |p| p.to_toml())?;
             let text = broadcast_text(&**world, lane, &known)?;
             if text.is_empty() {
@@ -76,12 +76,16 @@ pub(super) fn of_run(
     Ok(StepPlan { policy, plan })
 }
 
-/// What decides the costs: the machine, the ranks and what they compute.
-fn machine(parallel: &Parallel, model: &Transformer, blocks: &[BlockShape], config: &WorldConfig) -> Result<String> {
-    let device = parallel.lane(LaneKind::Compute).name()?;
+/// What decides the costs: the machine, the ranks, what they compute, and how it is measured.
+fn machine(device: &str, model: &Transformer, blocks: &[BlockShape], config: &WorldConfig) -> String {
+    let WorldConfig { sizes, comm, all_to_all, share_gpu, comm_ctas, hosts, .. } = config;
     let shape = blocks.iter().find_map(|block| block.moe);
-    let (sizes, all_to_all) = (config.sizes, config.all_to_all);
-    Ok(format!("{device}\n{sizes:?}\n{:?}\n{all_to_all}\n{}\n{shape:?}\n", config.comm, model.dtype()))
+    let MoeConfig { gate, order, .. } = &model.config().moe;
+    format!(
+        "{device}, method {METHOD}\n{sizes:?}\n{comm}, hosts {hosts:?}, GPUs shared {share_gpu}, CTAs {comm_ctas:?}\n\
+         {all_to_all}\n{}, {gate}, {order}\n{shape:?}\n",
+        model.dtype()
+    )
 }
 
 /// What each block of a model is, on micro-batches of `tokens` tokens of an MP group; what comes after the blocks is one more.
@@ -160,7 +164,53 @@ mod tests {
     use crate::comm::{Sizes, local};
     use crate::device::Lane;
     use crate::model::{Arch, ModelConfig, preset};
+    use crate::moe::order::OrderKind;
     use crate::tensor::DType;
+    use crate::train::CommKind;
+
+    /// Costs that were measured of something else are not taken for this one's.
+    #[test]
+    fn whatever_decides_the_costs_is_in_their_key() {
+        let tiny = preset("mixtral-tiny").unwrap();
+        let blocks = |config: &ModelConfig| {
+            let single = Topology::single();
+            config.workload(1, 16, &single, AllToAllKind::Direct).unwrap()
+        };
+        let key = |device: &str, dtype: DType, config: &ModelConfig, world: &WorldConfig| {
+            let model = Transformer::new(&Init::zeros(&Lane::cpu(), dtype), config).unwrap();
+            machine(device, &model, &blocks(config), world)
+        };
+        let world = WorldConfig::default();
+        let moe = |change: fn(&mut crate::moe::MoeConfig)| {
+            let mut config = tiny.clone();
+            change(&mut config.moe);
+            key("a", DType::F32, &config, &world)
+        };
+        let ranks = |change: fn(&mut WorldConfig)| {
+            let mut world = world.clone();
+            change(&mut world);
+            key("a", DType::F32, &tiny, &world)
+        };
+        let keys = [
+            key("a", DType::F32, &tiny, &world),
+            key("b", DType::F32, &tiny, &world),
+            key("a", DType::F64, &tiny, &world),
+            moe(|moe| moe.gate = GateKind::Sigmoid),
+            moe(|moe| moe.order = OrderKind::GShard),
+            moe(|moe| moe.top_k = 1),
+            ranks(|world| world.sizes.ranks = 2),
+            ranks(|world| world.comm = CommKind::Nccl),
+            ranks(|world| world.all_to_all = AllToAllKind::Hierarchical1d),
+            ranks(|world| world.share_gpu = true),
+            ranks(|world| world.comm_ctas = Some(8)),
+            ranks(|world| world.hosts = Some(2)),
+        ];
+        for (i, key) in keys.iter().enumerate() {
+            assert!(!keys[..i].contains(key), "{i}: {key}");
+            assert!(key.contains(&format!("method {METHOD}")), "{key}");
+        }
+        assert_eq!(keys[0], key("a", DType::F32, &tiny, &WorldConfig { schedule: "tutel".into(), ..world.clone() }));
+    }
 
     /// What ranks really have, against what the settings say.
     #[test]

@@ -224,52 +224,58 @@ impl Ranks {
 
     /// How the tensor called `name`, a parameter or an optimizer's state for one (`m.NAME`), is divided; none if this rank
     /// holds all of it.
-    fn shard(&self, name: &str) -> Option<&Sharding> {
+    pub(super) fn shard(&self, name: &str) -> Option<&Sharding> {
         self.shards.get(name).or_else(|| self.shards.get(name.split_once('.')?.1))
     }
 
-    /// Each of `tensors` as a whole, put together from the parts that ranks hold. A collective.
+    /// The tensor called `name`, of which this rank has `part`, as a whole in host memory, put together from the parts that
+    /// ranks hold, one at a time on the device. A collective, in which the others [`Ranks::give`].
     ///
     /// # Errors
-    /// If a rank fails or never comes, or the device has no memory left.
-    pub(super) fn whole(&self, lane: &Lane, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
-        let ranks = self.sizes().ranks;
-        let gather = |(name, part): (String, Tensor)| {
-            let Some(shard) = self.shard(&name) else { return Ok((name, part)) };
-            let all = lane.empty([ranks, part.elements()], part.dtype())?;
-            self.parallel.groups().world().all_gather(lane, &part, &all)?;
-            let whole = lane.empty(shard.full(), part.dtype())?;
-            for rank in 0..shard.parts() {
-                shard.put(lane, rank, &all.index(rank)?.reshape(*part.shape())?, &whole)?;
-            }
-            Ok((name, whole))
-        };
-        tensors.into_iter().map(gather).collect()
+    /// If a rank fails or never comes, or the device has no memory left for one more part.
+    pub(super) fn whole(&self, lane: &Lane, name: &str, part: &Tensor) -> Result<Tensor> {
+        let Some(shard) = self.shard(name) else { return lane.to_host(part) };
+        let whole = Tensor::host(shard.full(), part.dtype());
+        self.each_part(lane, shard, part, |rank, part| shard.put(&Lane::cpu(), rank, &lane.to_host(part)?, &whole))?;
+        Ok(whole)
     }
 
-    /// For each of `tensors` one to be loaded as a whole: itself where this rank holds it so.
+    /// Has the rank that calls [`Ranks::whole`] know `part`, this rank's of the tensor called `name`.
     ///
     /// # Errors
-    /// If the device has no memory left.
-    pub(super) fn to_load(&self, lane: &Lane, tensors: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
-        let whole = |(name, part): &(String, Tensor)| match self.shard(name) {
-            None => Ok((name.clone(), part.clone())),
-            Some(shard) => Ok((name.clone(), lane.zeros(shard.full(), part.dtype())?)),
-        };
-        tensors.iter().map(whole).collect()
+    /// As there.
+    pub(super) fn give(&self, lane: &Lane, name: &str, part: &Tensor) -> Result<()> {
+        self.shard(name).map_or(Ok(()), |shard| self.each_part(lane, shard, part, |_, _| Ok(())))
     }
 
-    /// Takes this rank's parts from tensors that have been loaded as [`Ranks::to_load`] gave them.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub(super) fn take(&self, lane: &Lane, tensors: &[(String, Tensor)], loaded: &[(String, Tensor)]) -> Result<()> {
-        for ((name, part), (_, whole)) in tensors.iter().zip(loaded) {
-            if let Some(shard) = self.shard(name) {
-                shard.take(lane, self.rank(), whole, part)?;
+    /// Calls `see` with every part of a tensor, and the rank that it comes from. A collective.
+    fn each_part(
+        &self,
+        lane: &Lane,
+        shard: &Sharding,
+        own: &Tensor,
+        see: impl Fn(usize, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let there = lane.empty(*own.shape(), own.dtype())?;
+        for rank in 0..shard.parts() {
+            if rank == self.rank() {
+                lane.copy(own, &there)?;
             }
+            self.parallel.groups().world().broadcast(lane, &there, rank)?;
+            see(rank, &there)?;
         }
         Ok(())
+    }
+
+    /// This rank's part of the tensor called `name`, of which `whole` is all, both in host memory; none if that is all of it.
+    ///
+    /// # Errors
+    /// If the whole has another shape.
+    pub(super) fn own(&self, name: &str, whole: &Tensor) -> Result<Option<Tensor>> {
+        let Some(shard) = self.shard(name) else { return Ok(None) };
+        let part = Tensor::host(shard.part(), whole.dtype());
+        shard.take(&Lane::cpu(), self.rank(), whole, &part)?;
+        Ok(Some(part))
     }
 
     /// Waits for all ranks.

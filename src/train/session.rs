@@ -7,8 +7,9 @@ use super::progress::{DoneEvent, EvalEvent, Reporter, StepEvent};
 use super::run::{Metrics, RunDir};
 use super::start::{launched, on_ranks};
 use super::trainer::{StepOutcome, Trainer};
-use super::world::CommKind;
+use super::world::{CommKind, WorldConfig};
 use super::{ceiling, interrupt, memory};
+use crate::comm::launch::Launch;
 use crate::comm::nccl;
 use crate::device::{Lane, LaneKind};
 use crate::error::{Error, Result, config_err};
@@ -79,20 +80,18 @@ pub fn train_rank(request: Request) -> Result<Option<Summary>> {
         (Place::Cuda(_), None, Some(_)) => Settings { dtype: Some(TrainConfig::default().dtype), ..settings },
         _ => settings,
     };
-    let (config, model) = settings.resolve_on(place)?;
+    let (mut config, model) = settings.resolve_on(place)?;
+    config.world.hosts = launch.as_ref().and_then(Launch::nodes);
     let world = config.world.clone();
     let run = Run { place, config, model, settings, out: request.settings.out, resumed };
     let summaries = if world.sizes.ranks == 1 && launch.is_none() {
         vec![run.session(None, request.json)?.run()?]
     } else {
         let options = |launch| {
-            let Settings { rendezvous, share_gpu, comm_ctas, .. } = run.settings.clone();
-            let share_gpu = share_gpu.unwrap_or(false);
-            let agree = run.agree()?;
-            Ok::<_, Error>((
-                launch,
-                nccl::Options { rendezvous, share_gpu, ctas: comm_ctas, agree, ..nccl::Options::new(world.timeout) },
-            ))
+            let WorldConfig { share_gpu, comm_ctas: ctas, timeout, .. } = world;
+            let (rendezvous, agree) = (run.settings.rendezvous.clone(), run.agree()?);
+            let options = nccl::Options { rendezvous, share_gpu, ctas, agree, ..nccl::Options::new(timeout) };
+            Ok::<_, Error>((launch, options))
         };
         let processes = launch.as_ref().map(options).transpose()?;
         let json = Mutex::new(request.json);
@@ -147,7 +146,7 @@ impl Run {
             Some(parallel) => Trainer::on_ranks(&lane, &config, &model, corpus, parallel)?,
         };
         if let Some(dir) = &self.resumed {
-            let state = checkpoint::restore(dir, &lane, &mut trainer)?;
+            let state = checkpoint::restore(dir, &mut trainer)?;
             check_continuation(dir, &state, &config)?;
         }
         let first = trainer.steps_done();
@@ -357,7 +356,7 @@ impl Session {
             samples: step * (self.config.batch * self.config.accumulate) as u64,
         };
         let dir = self.lead.as_ref().map(|lead| lead.folder.checkpoints());
-        let path = checkpoint::save(dir.as_deref(), &self.lane, &self.trainer, &state, self.config.keep_last)?;
+        let path = checkpoint::save(dir.as_deref(), &self.trainer, &state, self.config.keep_last)?;
         self.saved = Some((step, path.clone()));
         Ok(path)
     }

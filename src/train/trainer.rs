@@ -10,6 +10,7 @@ use crate::autograd::{Init, Tape};
 use crate::comm::{Sizes, Topology};
 use crate::device::Lane;
 use crate::error::{Error, Result, config_err};
+use crate::model::checkpoint::Whole;
 use crate::model::{ModelConfig, Transformer};
 use crate::moe::distributed::Parallel;
 use crate::moe::{Routing, RoutingStats, StepContext};
@@ -31,6 +32,21 @@ pub struct StepOutcome {
     pub routing: Vec<RoutingStats>,
 }
 
+/// How many of `windows` held-out windows an evaluation is on, a micro-batch after the other: of the last, shorter one as many
+/// as have tokens that `parts` divide on each of `dp` data-parallel ranks, or on every rank where these do not divide it.
+fn held_out(windows: usize, config: &TrainConfig, dp: usize, parts: usize) -> Result<usize> {
+    let TrainConfig { batch, seq, .. } = *config;
+    let fits = |&n: &usize| (if n.is_multiple_of(dp) { n / dp } else { n } * seq).is_multiple_of(parts);
+    let last = (0..=windows % batch).rev().find(fits).unwrap_or(0);
+    match windows - windows % batch + last {
+        0 => config_err!(
+            "{windows} held-out windows of --seq {seq}: MP ranks times routing groups, {parts}, divide the tokens of no number \
+             of them; --batch {batch} or more of --eval-windows, in as much text, are divided"
+        ),
+        n => Ok(n),
+    }
+}
+
 /// Model, optimizer and data of a run.
 pub struct Trainer {
     lane: Lane,
@@ -38,6 +54,8 @@ pub struct Trainer {
     corpus: Corpus,
     model: Transformer,
     optimizer: Optimizer,
+    /// What the tokens of a micro-batch are divided among on a data-parallel rank: MP ranks times routing groups.
+    parts: usize,
     /// Where other ranks share the work.
     ranks: Option<Ranks>,
     /// What is worth telling of how it began.
@@ -86,8 +104,8 @@ impl Trainer {
         if !config.batch.is_multiple_of(dp) {
             config_err!("--batch {} with --dp {dp}: each data-parallel rank has as many sequences", config.batch);
         }
-        let tokens = config.batch / dp * config.seq;
-        if !tokens.is_multiple_of(mp * model.moe.groups) {
+        let (tokens, parts) = (config.batch / dp * config.seq, mp * model.moe.groups);
+        if !tokens.is_multiple_of(parts) {
             config_err!(
                 "{} routing groups on each of {mp} MP ranks do not divide the {}·{} tokens of a micro-batch",
                 model.moe.groups,
@@ -96,12 +114,21 @@ impl Trainer {
             );
         }
         corpus.require(config.seq)?;
+        let mut notes = Vec::new();
+        let windows = corpus.held_out_windows(config.seq, config.eval_windows).len();
+        let evaluated = held_out(windows, config, dp, parts)?;
+        if evaluated < windows {
+            notes.push(format!(
+                "note: evaluations are on {evaluated} held-out windows, not {windows}: {mp} MP ranks × {} routing groups do not \
+                 divide the tokens of the last ones",
+                model.moe.groups
+            ));
+        }
         let init = Init::new(lane, config.dtype, config.seed);
         let model = match parallel {
             None => Transformer::new(&init, model)?,
             Some(parallel) => Transformer::on_ranks(&init, model, parallel)?,
         };
-        let mut notes = Vec::new();
         let ranks = parallel.map(|parallel| {
             let plan = plans::of_run(&config.world, parallel, &model, tokens, &mut notes)?;
             Ranks::new(lane, parallel, &model, plan, None)
@@ -119,7 +146,8 @@ impl Trainer {
             clip: config.clip,
         };
         let optimizer = Optimizer::new(lane, optimizer, model.parameters())?;
-        Ok(Trainer { lane: lane.clone(), config: config.clone(), corpus, model, optimizer, ranks, notes, step: 0 })
+        let (lane, config) = (lane.clone(), config.clone());
+        Ok(Trainer { lane, config, corpus, model, optimizer, parts, ranks, notes, step: 0 })
     }
 
     /// The model.
@@ -168,30 +196,44 @@ impl Trainer {
         self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.barrier(&self.lane))
     }
 
-    /// Tensors of the model or the optimizer, by name, each as a whole.
+    /// What tensors of the model or the optimizer are as wholes.
+    pub fn wholes(&self, tensors: &[(String, Tensor)]) -> Vec<Whole> {
+        let mut wholes = Whole::of(tensors);
+        for whole in &mut wholes {
+            if let Some(shard) = self.ranks.as_ref().and_then(|ranks| ranks.shard(&whole.name)) {
+                whole.shape = shard.full();
+            }
+        }
+        wholes
+    }
+
+    /// A tensor of the model or the optimizer, by name, as a whole, in host memory: the other ranks [`Trainer::give`] it.
     ///
     /// # Errors
-    /// If another rank fails or never comes, or the device has no memory left.
-    pub fn whole(&self, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+    /// If another rank fails or never comes, or the device has no memory left for a part.
+    pub fn whole(&self, (name, part): &(String, Tensor)) -> Result<Tensor> {
         match &self.ranks {
-            None => Ok(tensors),
-            Some(ranks) => ranks.whole(&self.lane, tensors),
+            None => self.lane.to_host(part),
+            Some(ranks) => ranks.whole(&self.lane, name, part),
         }
     }
 
-    /// Has `load` write tensors of the model or the optimizer, by name, each as a whole, and keeps this rank's part.
+    /// Gives this rank's part of a tensor to the one that asks for the [`Trainer::whole`].
     ///
     /// # Errors
-    /// Those of `load`; if the device has no memory left.
-    pub fn load(
-        &self,
-        tensors: Vec<(String, Tensor)>,
-        load: impl FnOnce(Vec<(String, Tensor)>) -> Result<()>,
-    ) -> Result<()> {
-        let Some(ranks) = &self.ranks else { return load(tensors) };
-        let whole = ranks.to_load(&self.lane, &tensors)?;
-        load(whole.clone())?;
-        ranks.take(&self.lane, &tensors, &whole)
+    /// As there.
+    pub fn give(&self, (name, part): &(String, Tensor)) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.give(&self.lane, name, part))
+    }
+
+    /// Takes this rank's part of a tensor of the model or the optimizer from the whole of it, in host memory, whose floats may
+    /// be of another type.
+    ///
+    /// # Errors
+    /// If the whole has another shape, or the device fails.
+    pub fn take(&self, (name, part): &(String, Tensor), whole: &Tensor) -> Result<()> {
+        let own = self.ranks.as_ref().map_or(Ok(None), |ranks| ranks.own(name, whole))?;
+        self.lane.copy(&self.lane.to_device(own.as_ref().unwrap_or(whole))?, part)
     }
 
     /// Steps done.
@@ -305,16 +347,20 @@ impl Trainer {
         }
     }
 
-    /// Mean cross-entropy over `windows` fixed held-out windows, nats per byte, dropping nothing where the gate allows.
+    /// Mean cross-entropy over `windows` fixed held-out windows, nats per byte, dropping nothing where the gate allows; over
+    /// fewer, where MP ranks and routing groups do not divide the tokens of the last ones.
     ///
     /// # Errors
-    /// If the device fails, and [`Error::Numeric`] if the loss is not finite.
+    /// If they divide those of none, if the device fails, and [`Error::Numeric`] if the loss is not finite.
     pub fn evaluate(&self, windows: usize) -> Result<f64> {
-        let (seq, batch) = (self.config.seq, self.config.batch.min(windows));
-        let windows = self.corpus.held_out_windows(seq, windows);
+        let seq = self.config.seq;
         let (share, shares) = self.share();
+        let windows = self.corpus.held_out_windows(seq, windows);
+        let evaluated = held_out(windows.len(), &self.config, shares, self.parts)?;
+        // Spread evenly over the text, however many there are.
+        let windows = self.corpus.held_out_windows(seq, evaluated);
         let mut sum = 0.0;
-        for all in windows.chunks(batch) {
+        for all in windows.chunks(self.config.batch) {
             // What cannot be shared evenly, every rank has whole.
             let each = all.len() / shares;
             let chunk = if all.len() == each * shares { &all[share * each..(share + 1) * each] } else { all };
@@ -372,7 +418,7 @@ impl Trainer {
 
     fn non_finite_parameter(&self) -> Option<String> {
         let bad = self.model.parameters().into_iter().find(|p| {
-            let host = self.lane.cast(p.value(), DType::F64).and_then(|t| self.lane.to_host(&t));
+            let host = self.lane.to_host(p.value()).and_then(|t| Lane::cpu().cast(&t, DType::F64));
             host.and_then(|t| t.to_vec::<f64>()).is_ok_and(|v| v.iter().any(|v| !v.is_finite()))
         });
         bad.map(|p| p.name().to_owned())

@@ -47,6 +47,12 @@ pub struct WorldConfig {
     pub profile: Option<String>,
     /// What of it is kept from run to run.
     pub cache: CacheUse,
+    /// Whether ranks that are processes share the GPUs of their host.
+    pub share_gpu: bool,
+    /// The most CTAs that a collective of NCCL takes of a GPU; none: as many as NCCL likes.
+    pub comm_ctas: Option<u32>,
+    /// How many hosts ranks that are processes are on, where their launcher says.
+    pub hosts: Option<usize>,
 }
 
 impl Default for WorldConfig {
@@ -60,6 +66,9 @@ impl Default for WorldConfig {
             schedule: "fsmoe".to_owned(),
             profile: None,
             cache: CacheUse::default(),
+            share_gpu: false,
+            comm_ctas: None,
+            hosts: None,
         }
     }
 }
@@ -108,6 +117,9 @@ impl WorldConfig {
                 (_, Some(true)) => CacheUse::Renew,
                 _ => CacheUse::Use,
             },
+            share_gpu: settings.share_gpu.unwrap_or(d.share_gpu),
+            comm_ctas: settings.comm_ctas,
+            hosts: d.hosts,
         })
     }
 }

@@ -4,7 +4,9 @@ use crate::model::{build, logits, tiny, tokens};
 use crate::support::{bits, random, uniform};
 use fsmoe::autograd::Init;
 use fsmoe::device::Lane;
-use fsmoe::model::checkpoint::{TensorFile, load, load_as, load_into, read_config, write, write_tensors};
+use fsmoe::model::checkpoint::{
+    TensorFile, Whole, load, load_as, load_into, read_config, write, write_tensors, write_wholes,
+};
 use fsmoe::model::{Arch, ModelConfig, Transformer};
 use fsmoe::moe::MoeConfig;
 use fsmoe::moe::gate::{GateKind, SigmoidOptions};
@@ -55,7 +57,7 @@ pub(crate) fn edit_tensors(dir: &Path, edit: impl FnOnce(&mut BTreeMap<String, T
     let path = dir.join("model.safetensors");
     let mut tensors = read_tensors(&path);
     edit(&mut tensors);
-    write_tensors(&path, &Lane::cpu(), tensors.into_iter().collect()).unwrap();
+    write_tensors(&path, &Lane::cpu(), &tensors.into_iter().collect::<Vec<_>>()).unwrap();
 }
 
 #[test]
@@ -187,7 +189,7 @@ fn a_folder_of_transformers_loads_as_it_is() {
     for (i, name) in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate() {
         let part: Vec<(String, Tensor)> = tensors.clone().into_iter().skip(i).step_by(2).collect();
         map.extend(part.iter().map(|(tensor, _)| (tensor.clone(), json!(name))));
-        write_tensors(&dir.path().join(name), &lane, part).unwrap();
+        write_tensors(&dir.path().join(name), &lane, &part).unwrap();
     }
     let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
     fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
@@ -337,7 +339,7 @@ fn tensors_of_every_type_come_back() {
     tensors.push(("view".into(), base.transpose(0, 1).unwrap()));
     tensors.push(("none".into(), Tensor::host([0, 4], DType::F32)));
     tensors.push(("scalar".into(), random(4, [])));
-    write_tensors(&path, &lane, tensors.clone()).unwrap();
+    write_tensors(&path, &lane, &tensors).unwrap();
     let back = read_tensors(&path);
     assert_eq!(back.len(), tensors.len());
     for (name, t) in &tensors {
@@ -350,7 +352,7 @@ fn tensors_of_every_type_come_back() {
     }
     // A failed write leaves the file that was there.
     let twice = vec![tensors[0].clone(), tensors[3].clone(), ("m.bf16".into(), base)];
-    let error = write_tensors(&path, &lane, twice).unwrap_err().to_string();
+    let error = write_tensors(&path, &lane, &twice).unwrap_err().to_string();
     assert!(error.contains("two tensors are named m.bf16"), "{error}");
     assert_eq!(read_tensors(&path).len(), tensors.len());
 
@@ -362,9 +364,37 @@ fn tensors_of_every_type_come_back() {
         (name.clone(), Tensor::host_zeros(*t.shape(), dtype))
     };
     let targets: Vec<(String, Tensor)> = tensors.iter().map(zeros).collect();
-    file.check(&targets).unwrap();
+    file.check(&Whole::of(&targets)).unwrap();
     file.read_into(&lane, &targets).unwrap();
     assert_eq!(bits(&targets[0].1), bits(&tensors[0].1));
-    let error = file.check(&targets[1..]).unwrap_err().to_string();
+    let error = file.check(&Whole::of(&targets[1..])).unwrap_err().to_string();
     assert!(error.contains("1 tensors that are not expected: m.bf16"), "{error}");
+}
+
+/// Whoever writes has one whole tensor at a time, in the file's order, and a failure in the middle leaves what was there.
+#[test]
+fn tensors_are_written_one_at_a_time() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("t.safetensors");
+    let tensors: Vec<(String, Tensor)> =
+        ["c", "a", "b"].iter().zip(1..).map(|(name, seed)| ((*name).to_owned(), random(seed, [2, 3]))).collect();
+    let mut asked = Vec::new();
+    let give = &mut |i: usize| {
+        asked.push(i);
+        Lane::cpu().to_host(&tensors[i].1)
+    };
+    write_wholes(&path, &Whole::of(&tensors), give).unwrap();
+    assert_eq!(asked, [1, 2, 0]);
+    let back = read_tensors(&path);
+    tensors.iter().for_each(|(name, t)| assert_eq!(bits(&back[name]), bits(t)));
+    let fail = &mut |i: usize| match i {
+        0 => Err(fsmoe::Error::Config("rank 3 is gone".into())),
+        _ => Lane::cpu().zeros([2, 3], tensors[i].1.dtype()),
+    };
+    let error = write_wholes(&path, &Whole::of(&tensors), fail).unwrap_err().to_string();
+    assert!(error.contains("rank 3 is gone"), "{error}");
+    assert_eq!(bits(&read_tensors(&path)["a"]), bits(&tensors[1].1));
+    let other = &mut |_| Lane::cpu().zeros([3, 2], DType::F64);
+    let error = write_wholes(&path, &Whole::of(&tensors), other).unwrap_err().to_string();
+    assert!(error.contains("(3, 2)") && error.contains("(2, 3)"), "{error}");
 }

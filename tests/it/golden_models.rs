@@ -101,5 +101,5 @@ fn logits_for_transformers() {
     let expected = logits(&model, &ids, 2).reshape([2, 48, model.config().vocab]).unwrap();
     let ids = Tensor::from_slice(&ids, [2, 48]).unwrap();
     let tensors = vec![("input_ids".to_owned(), ids), ("logits".to_owned(), expected)];
-    write_tensors(&dir.join("expected_logits.safetensors"), &lane, tensors).unwrap();
+    write_tensors(&dir.join("expected_logits.safetensors"), &lane, &tensors).unwrap();
 }

@@ -111,6 +111,28 @@ fn the_dense_part_is_divided_among_mp_ranks() {
     }
 }
 
+/// 4 windows are a micro-batch; of 2 more, 10 tokens are no four ranks' or routing groups' to divide.
+#[test]
+fn windows_whose_tokens_do_not_divide_are_not_evaluated() {
+    let place = Place::new();
+    let common = "--dtype f64 --steps 2 --seq 5 --batch 4 --heads 4 --eval-every 1 --out";
+    let run = |flags: &str| {
+        let out = place.output(&format!("train --config small.toml {common} {flags}"));
+        (out.status.success(), String::from_utf8(out.stderr).unwrap())
+    };
+    for (name, flags) in [("mp", "--ranks 4 --ep 4 --mp 4"), ("groups", "--routing-groups 4")] {
+        let (done, said) = run(&format!("{name}-6 {flags} --eval-windows 6"));
+        assert!(done && said.contains("on 4 held-out windows, not 6"), "{said}");
+        let (done, said) = run(&format!("{name}-4 {flags} --eval-windows 4"));
+        assert!(done && !said.contains("held-out windows"), "{said}");
+        assert_eq!(rows(&place.at(&format!("{name}-6"))), rows(&place.at(&format!("{name}-4"))));
+        let (done, said) = run(&format!("none {flags} --eval-windows 3"));
+        assert!(!done && said.contains("3 held-out windows of --seq 5") && said.contains("groups, 4,"), "{said}");
+        assert!(!place.at("none").exists());
+    }
+    assert_same(&place, "mp-6", "groups-6", 2);
+}
+
 #[test]
 fn any_world_goes_on_from_any_other() {
     let place = Place::new();

@@ -7,13 +7,13 @@ mod config;
 mod tensors;
 
 pub use config::read_config;
-pub use tensors::{TensorFile, write_tensors};
+pub use tensors::{TensorFile, Whole, write_order, write_tensors, write_wholes};
 
 use super::{ModelConfig, Transformer};
 use crate::autograd::Init;
 use crate::device::Lane;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 use serde::Deserialize;
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -34,23 +34,24 @@ fn bad(path: &Path, reason: impl Into<String>) -> Error {
 /// # Errors
 /// If a file cannot be written, or the device fails.
 pub fn write(dir: &Path, lane: &Lane, model: &Transformer) -> Result<()> {
-    write_as(dir, lane, model.config(), model.dtype(), named(model))
+    let tensors = named(model);
+    write_as(dir, model.config(), model.dtype(), &Whole::of(&tensors), &mut |i| lane.to_host(&tensors[i].1))
 }
 
-/// [`write()`] of a model whose parameters and buffers are given by name, each as a whole: one that is spread over ranks.
+/// [`write()`] of a model that is spread over ranks: `whole` gives its i-th parameter or buffer as [`write_wholes`] takes it.
 ///
 /// # Errors
-/// As [`write()`].
+/// As [`write()`], and those of `whole`.
 pub fn write_as(
     dir: &Path,
-    lane: &Lane,
     config: &ModelConfig,
     dtype: DType,
-    tensors: Vec<(String, Tensor)>,
+    tensors: &[Whole],
+    whole: &mut dyn FnMut(usize) -> Result<Tensor>,
 ) -> Result<()> {
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     config::write_config(&dir.join(CONFIG), config, dtype)?;
-    write_tensors(&dir.join(WEIGHTS), lane, on_disk(tensors)?)
+    tensors::write_divided(&dir.join(WEIGHTS), tensors, on_disk, whole)
 }
 
 /// The model in the folder `dir`, on `lane`'s device, its weights converted to `dtype`.
@@ -78,18 +79,39 @@ pub fn load_as(dir: &Path, lane: &Lane, dtype: DType, config: &ModelConfig) -> R
 /// If a file is missing or broken, a tensor is missing, of another shape or not of floats, or one is there that the model
 /// has not: names the file, the tensor, and the rule.
 pub fn load_into(dir: &Path, lane: &Lane, model: &Transformer) -> Result<()> {
-    load_named(dir, lane, named(model))
+    let targets = named(model);
+    load_wholes(dir, &Whole::of(&targets), &mut |i, whole| lane.copy(&lane.to_device(whole)?, &targets[i].1))
 }
 
-/// [`load_into`] of parameters and buffers that are given by name, each as a whole.
+/// [`load_into`] of a model that is spread over ranks: `take` is given the i-th of `tensors`, its parameters and buffers, in
+/// host memory and of the type it has on disk, one after the other.
 ///
 /// # Errors
-/// As [`load_into`].
-pub fn load_named(dir: &Path, lane: &Lane, tensors: Vec<(String, Tensor)>) -> Result<()> {
+/// As [`load_into`], and those of `take`.
+pub fn load_wholes(dir: &Path, tensors: &[Whole], take: &mut dyn FnMut(usize, &Tensor) -> Result<()>) -> Result<()> {
     let (listing, shards) = open_shards(dir)?;
-    let targets = on_disk(tensors)?;
+    let mut targets = Vec::new();
+    for tensor in tensors {
+        let Whole { dtype, .. } = *tensor;
+        targets.extend(on_disk(tensor).into_iter().map(|(name, shape)| Whole { name, dtype, shape }));
+    }
     let holders = tensors::locate(&listing, &shards, &targets)?;
-    targets.iter().zip(holders).try_for_each(|((name, target), shard)| shard.copy_to(lane, name, target))
+    let mut parts = targets.iter().zip(holders);
+    for (i, tensor) in tensors.iter().enumerate() {
+        let parts: Vec<_> = parts.by_ref().take(on_disk(tensor).len()).collect();
+        let whole = match parts[..] {
+            [(target, file)] if target.shape == tensor.shape => file.read(&target.name)?,
+            _ => {
+                let whole = Tensor::host(tensor.shape, tensor.dtype);
+                for (j, (target, file)) in parts.into_iter().enumerate() {
+                    Lane::cpu().copy(&file.read(&target.name)?, &whole.index(j)?)?;
+                }
+                whole
+            }
+        };
+        take(i, &whole)?;
+    }
+    Ok(())
 }
 
 /// A model's parameters and buffers by name, sharing its memory.
@@ -98,20 +120,15 @@ pub fn named(model: &Transformer) -> Vec<(String, Tensor)> {
     parameters.chain(model.buffers()).collect()
 }
 
-/// Tensors under their names on disk, sharing their memory: a stack of experts is one tensor per expert there.
-fn on_disk(tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
-    let mut out = Vec::new();
-    for (name, value) in tensors {
-        match name.rsplit_once(".experts.") {
-            Some((layer, matrix)) => {
-                for j in 0..value.dim(0) {
-                    out.push((format!("{layer}.experts.{j}.{matrix}.weight"), value.index(j)?));
-                }
-            }
-            None => out.push((name, value)),
+/// What a tensor is on disk: a stack of experts is one tensor per expert there.
+fn on_disk(tensor: &Whole) -> Vec<(String, Shape)> {
+    match (tensor.name.rsplit_once(".experts."), tensor.shape.dims()) {
+        (Some((layer, matrix)), [experts, each @ ..]) => {
+            let name = |j| format!("{layer}.experts.{j}.{matrix}.weight");
+            (0..*experts).map(|j| (name(j), Shape::new(each))).collect()
         }
+        _ => vec![(tensor.name.clone(), tensor.shape)],
     }
-    Ok(out)
 }
 
 /// The weight files of a folder, and the file that says which they are.

@@ -31,28 +31,75 @@ fn from_disk(dtype: Dtype) -> Option<DType> {
     [DType::F64, DType::F32, DType::BF16, DType::F16, DType::I32].into_iter().find(|d| to_disk(*d) == dtype)
 }
 
+/// A tensor as a whole, whoever holds what of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Whole {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    pub dtype: DType,
+    /// Its shape.
+    pub shape: Shape,
+}
+
+impl Whole {
+    /// Of tensors that are so already.
+    pub fn of(tensors: &[(String, Tensor)]) -> Vec<Whole> {
+        let whole = |(name, t): &(String, Tensor)| Whole { name: name.clone(), dtype: t.dtype(), shape: *t.shape() };
+        tensors.iter().map(whole).collect()
+    }
+}
+
+/// The order in which `tensors` are written: wide elements first, so that all are aligned.
+pub fn write_order(tensors: &[Whole]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..tensors.len()).collect();
+    let key = |i: &usize| (std::cmp::Reverse(tensors[*i].dtype.size()), tensors[*i].name.as_str());
+    order.sort_by(|a, b| key(a).cmp(&key(b)));
+    order
+}
+
 /// Writes `tensors` of `lane`'s device to the file `path`, atomically; one at a time is copied to the host.
 ///
 /// # Errors
 /// If two have one name, the file cannot be written, or the device fails. The file is then as it was before.
-pub fn write_tensors(path: &Path, lane: &Lane, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
-    let mut names = HashSet::new();
-    if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(name.as_str())) {
-        return Err(bad(path, format!("two tensors are named {name}")));
+pub fn write_tensors(path: &Path, lane: &Lane, tensors: &[(String, Tensor)]) -> Result<()> {
+    write_wholes(path, &Whole::of(tensors), &mut |i| lane.to_host(&tensors[i].1))
+}
+
+/// Writes `tensors` to the file `path`, atomically. `whole` gives the i-th, in host memory, when it is its turn
+/// ([`write_order`]), and it is let go of before the next.
+///
+/// # Errors
+/// As [`write_tensors`], and those of `whole`.
+pub fn write_wholes(path: &Path, tensors: &[Whole], whole: &mut dyn FnMut(usize) -> Result<Tensor>) -> Result<()> {
+    write_divided(path, tensors, |tensor| vec![(tensor.name.clone(), tensor.shape)], whole)
+}
+
+/// [`write_wholes`], where the file has each tensor under the names and shapes that `divide` gives: consecutive parts of it.
+pub(super) fn write_divided(
+    path: &Path,
+    tensors: &[Whole],
+    divide: impl Fn(&Whole) -> Vec<(String, Shape)>,
+    whole: &mut dyn FnMut(usize) -> Result<Tensor>,
+) -> Result<()> {
+    let order = write_order(tensors);
+    let (mut names, mut infos, mut end) = (HashSet::new(), Vec::new(), 0);
+    for &i in &order {
+        let dtype = tensors[i].dtype;
+        for (name, shape) in divide(&tensors[i]) {
+            if !names.insert(name.clone()) {
+                return Err(bad(path, format!("two tensors are named {name}")));
+            }
+            let start = end;
+            end += shape.elements() * dtype.size();
+            let info = TensorInfo { dtype: to_disk(dtype), shape: shape.to_vec(), data_offsets: (start, end) };
+            infos.push((name, info));
+        }
     }
-    // Wide elements first: then all are aligned.
-    tensors.sort_by(|(a, x), (b, y)| y.dtype().size().cmp(&x.dtype().size()).then_with(|| a.cmp(b)));
-    let mut end = 0;
-    let infos = tensors.iter().map(|(name, t)| {
-        let start = end;
-        end += t.elements() * t.dtype().size();
-        let info = TensorInfo { dtype: to_disk(t.dtype()), shape: t.shape().to_vec(), data_offsets: (start, end) };
-        (name.clone(), info)
-    });
     let invalid = |e: &dyn std::fmt::Display| bad(path, format!("no header for these tensors: {e}"));
     // transformers refuses files that do not name the framework whose layout they follow.
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let header = Metadata::new(Some(format), infos.collect()).map_err(|e| invalid(&e))?;
+    let header = Metadata::new(Some(format), infos).map_err(|e| invalid(&e))?;
     let mut header = serde_json::to_vec(&header).map_err(|e| invalid(&e))?;
     header.resize(header.len().next_multiple_of(ALIGN), b' ');
 
@@ -60,13 +107,20 @@ pub fn write_tensors(path: &Path, lane: &Lane, mut tensors: Vec<(String, Tensor)
         let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(|e| Error::io(path, e));
         put(&(header.len() as u64).to_le_bytes())?;
         put(&header)?;
-        tensors.iter().try_for_each(|(_, t)| put(bytes(&lane.to_host(t)?)))
+        order.into_iter().try_for_each(|i| {
+            let host = whole(i)?;
+            if (*host.shape(), host.dtype()) != (tensors[i].shape, tensors[i].dtype) {
+                let Whole { name, dtype, shape } = &tensors[i];
+                return Err(bad(path, format!("{} {} for {name}: {dtype} {shape}", host.dtype(), host.shape())));
+            }
+            put(bytes(&host))
+        })
     })
 }
 
 /// The elements of a fresh row-major host tensor.
 fn bytes(host: &Tensor) -> &[u8] {
-    // SAFETY: `Lane::to_host` returns a row-major copy of its own in host memory, which no operation writes.
+    // SAFETY: the writer was given a row-major tensor of its own in host memory, which no operation writes any more.
     unsafe { std::slice::from_raw_parts(host.ptr(), host.elements() * host.dtype().size()) }
 }
 
@@ -75,11 +129,7 @@ fn bytes(host: &Tensor) -> &[u8] {
 /// # Errors
 /// If one is missing (then `listing` is named, the file that says which files there are), twice there, of another shape, or
 /// not of floats where the target is, or if there are others.
-pub(super) fn locate<'a>(
-    listing: &Path,
-    files: &'a [TensorFile],
-    targets: &[(String, Tensor)],
-) -> Result<Vec<&'a TensorFile>> {
+pub(super) fn locate<'a>(listing: &Path, files: &'a [TensorFile], targets: &[Whole]) -> Result<Vec<&'a TensorFile>> {
     let mut found: BTreeMap<&str, &TensorFile> = BTreeMap::new();
     for file in files {
         for name in file.names() {
@@ -89,13 +139,13 @@ pub(super) fn locate<'a>(
         }
     }
     let mut holders = Vec::with_capacity(targets.len());
-    for (name, target) in targets {
+    for Whole { name, dtype: wanted, shape: full } in targets {
         let Some(file) = found.remove(name.as_str()) else {
-            return Err(bad(listing, format!("tensor {name} of shape {} is missing", target.shape())));
+            return Err(bad(listing, format!("tensor {name} of shape {full} is missing")));
         };
         let (dtype, shape) = file.info(name)?;
-        if shape != *target.shape() || dtype.is_float() != target.dtype().is_float() {
-            let reason = format!("tensor {name} is {dtype} {shape}, expected {} {}", target.dtype(), target.shape());
+        if shape != *full || dtype.is_float() != wanted.is_float() {
+            let reason = format!("tensor {name} is {dtype} {shape}, expected {wanted} {full}");
             return Err(bad(&file.path, reason));
         }
         holders.push(file);
@@ -175,7 +225,7 @@ impl TensorFile {
     ///
     /// # Errors
     /// Names the tensor and what is wrong with it.
-    pub fn check(&self, targets: &[(String, Tensor)]) -> Result<()> {
+    pub fn check(&self, targets: &[Whole]) -> Result<()> {
         locate(&self.path, std::slice::from_ref(self), targets).map(drop)
     }
 
@@ -184,11 +234,7 @@ impl TensorFile {
     /// # Errors
     /// As [`TensorFile::read`], and if the device fails.
     pub fn read_into(&self, lane: &Lane, targets: &[(String, Tensor)]) -> Result<()> {
-        targets.iter().try_for_each(|(name, target)| self.copy_to(lane, name, target))
-    }
-
-    pub(super) fn copy_to(&self, lane: &Lane, name: &str, target: &Tensor) -> Result<()> {
-        lane.copy(&lane.to_device(&self.read(name)?)?, target)
+        targets.iter().try_for_each(|(name, target)| lane.copy(&lane.to_device(&self.read(name)?)?, target))
     }
 
     fn find(&self, name: &str) -> Result<(&TensorInfo, DType)> {

@@ -121,6 +121,10 @@ impl What {
     }
 }
 
+/// The number of the way in which costs are measured here. Costs that are kept from run to run are those of one way: whoever
+/// changes what is timed, or how, raises it.
+pub(crate) const METHOD: u32 = 1;
+
 /// Parts of the most that is measured, in sixteenths but for the first: even steps for β, a small one for α.
 const LADDER: [usize; 6] = [1, 2, 4, 8, 12, MAX_CHUNKS];
 /// The most that a collective is given is between these: below them its start is all that there is to see, and above them

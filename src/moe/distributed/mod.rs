@@ -13,6 +13,7 @@ mod shard;
 mod steps;
 
 pub use gradients::GradientBuffers;
+pub(crate) use measure::METHOD;
 pub use measure::{Measured, Measurement, Subject, measure};
 pub use parallel::Parallel;
 pub use shard::Sharding;
