@@ -99,6 +99,8 @@ fn what_cannot_be_run_is_told() {
         ("--ranks 6 --nodes 4", "6 ranks"),
         ("--shape tiny --ranks 2 --nodes 1 --ep 3", "ep = 3"),
         ("--shape tiny --comm nccl", "torchrun"),
+        ("--shape tiny --share-gpu", "--share-gpu with --comm local"),
+        ("--shape tiny --comm-ctas 8", "--comm-ctas 8 with --comm local"),
     ] {
         let out = place.command(&format!("bench schedule {args}")).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
