@@ -59,9 +59,14 @@ impl Simulator {
     }
 
     /// One whose lanes slow each other down: what a lane has to do goes on at 1/(1 + s) of its speed, s being the sum over the
-    /// lanes that are busy.
+    /// lanes that are busy. A task that takes longer may then make the whole take less: it keeps others apart.
     pub fn with(slowdown: Slowdown) -> Self {
         Simulator { slowdown, ..Self::default() }
+    }
+
+    /// Whether its lanes slow each other down.
+    pub fn slows(&self) -> bool {
+        self.slowdown != Slowdown::default()
     }
 
     /// When the last task ends, in seconds, if each takes its `cost`: finite seconds, at least 0.
@@ -80,9 +85,9 @@ impl Simulator {
     }
 
     fn run<Op, P: Into<Price>>(&mut self, graph: &TaskGraph<Op>, cost: impl Fn(&Op) -> P) -> f64 {
-        match self.slowdown == Slowdown::default() {
-            true => self.pass(graph, |op| cost(op).into().seconds, true),
-            false => self.shared(graph, |op| cost(op).into()),
+        match self.slows() {
+            true => self.shared(graph, |op| cost(op).into()),
+            false => self.pass(graph, |op| cost(op).into().seconds, true),
         }
     }
 

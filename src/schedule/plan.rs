@@ -4,7 +4,7 @@ use super::share::{Choice, choices, share};
 use super::step::Pending;
 use super::{
     BlockCosts, Degree, GradGroup, Gradients, LayerCosts, LayerOp, LayerPass, ModelCosts, Pass, Policy, Slice,
-    SliceTask, Windows, step_graph,
+    SliceTask, Windows, policy, step_graph,
 };
 use crate::device::LaneKind;
 use crate::engine::{Bound, LANES, Price, Simulator, TaskGraph};
@@ -32,8 +32,11 @@ pub struct Candidate {
     /// What the pass takes.
     pub seconds: f64,
     /// By lane: what a slice of gradients of x seconds on it adds to: with the slice, the pass takes exactly
-    /// max(`seconds`, `around` + x); about that, where lanes slow each other down.
+    /// max(`seconds`, `around` + x), or about max(`seconds` + `lost`·x, `around` + x) where lanes slow each other down.
     pub around: [f64; 3],
+    /// By lane: what a second of a slice on it costs the pass that it is hidden in; 0 where lanes do not slow each other
+    /// down.
+    pub lost: [f64; 3],
 }
 
 impl Plan {
@@ -46,10 +49,19 @@ impl Plan {
 }
 
 impl Candidate {
-    /// By lane: the longest slice that the pass is not longer for.
+    /// By lane: the longest slice that the pass is not longer for, but for what its lanes lose to it.
     pub fn idle(&self) -> [f64; 3] {
-        self.around.map(|around| (self.seconds - around).max(0.0))
+        idle(self.seconds, self.around, self.lost)
     }
+}
+
+/// By lane: until which length of a slice `seconds` + `lost`·x is what counts, not `around` + x; none where hiding costs more
+/// than it hides.
+pub(super) fn idle(seconds: f64, around: [f64; 3], lost: [f64; 3]) -> [f64; 3] {
+    std::array::from_fn(|lane| match lost[lane] < 1.0 {
+        true => ((seconds - around[lane]) / (1.0 - lost[lane])).max(0.0),
+        false => 0.0,
+    })
 }
 
 /// Less than this part of a time is rounding: equally fast, and the first is taken.
@@ -84,6 +96,7 @@ impl Planner {
         let slice = |lane: LaneKind| Slice { group: GradGroup::Dense, begin: 0, end: 1 + lane as u64 };
         let slices: Vec<SliceTask> = lanes.iter().map(|&lane| SliceTask { slice: slice(lane), lane }).collect();
         let mut candidates = Vec::new();
+        let slows = self.simulator.slows();
         for degree in policy.degrees(costs) {
             self.graph.clear();
             let part = LayerPass { block: 0, pass, degree, after: None, slices: &slices };
@@ -94,14 +107,18 @@ impl Planner {
                 _ => stage_seconds(costs, op).into(),
             };
             let seconds = self.simulator.makespan(&self.graph, |op| cost(op, None, 0.0));
-            let mut around = [seconds; 3];
+            let (mut around, mut lost) = ([seconds; 3], [0.0; 3]);
             for &lane in lanes {
                 // As long as the pass, the slice is on the longest way through the graph; the rest of the way is what
                 // does not depend on its length.
-                let with = self.simulator.makespan(&self.graph, |op| cost(op, Some(lane), seconds));
-                around[lane as usize] = with - seconds;
+                let mut with = |x: f64| self.simulator.makespan(&self.graph, |op| cost(op, Some(lane), x));
+                around[lane as usize] = with(seconds) - seconds;
+                let hidden = seconds - around[lane as usize];
+                if slows && hidden > ROUNDING * seconds {
+                    lost[lane as usize] = ((with(hidden) - seconds) / hidden).max(0.0);
+                }
             }
-            candidates.push(Candidate { degree, seconds, around });
+            candidates.push(Candidate { degree, seconds, around, lost });
         }
         if candidates.is_empty() {
             config_err!("policy {} offers no way to cut a layer of up to {} chunks", policy.name(), costs.max_chunks);
@@ -134,10 +151,17 @@ impl Planner {
 
     fn plan_on_lanes(&mut self, policy: &dyn Policy, model: &ModelCosts) -> Result<Plan> {
         let choices = Choices::new(self, policy, model)?;
-        let plans = match policy.gradients() {
-            Gradients::Fitted => choices.shared(policy, model),
-            _ => vec![choices.plan(policy, model)],
-        };
+        let mut plans = Vec::new();
+        if policy.gradients() == Gradients::Fitted {
+            plans = choices.shared(policy, model);
+            if self.simulator.slows() {
+                // What is fitted is then fitted by estimates: where others have gradients may be better.
+                let others = policy::all().into_iter().map(|other| other.gradients());
+                plans.extend(others.filter(|g| *g != Gradients::Fitted).map(|g| choices.plan(policy, model, g)));
+            }
+        } else {
+            plans.push(choices.plan(policy, model, policy.gradients()));
+        }
         let mut best: Option<Plan> = None;
         for mut plan in plans {
             let graph = step_graph(policy, model, &plan)?;
@@ -288,9 +312,9 @@ impl Choices {
         share(policy, model, &of_block)
     }
 
-    /// The plan in which every layer is the fastest it can be, and gradients are reduced where the policy always has them:
-    /// after the backward, if it fits them.
-    fn plan(&self, policy: &dyn Policy, model: &ModelCosts) -> Plan {
+    /// The plan in which every layer is the fastest it can be, and gradients are reduced where they always are: after the
+    /// backward, if they are to be fitted.
+    fn plan(&self, policy: &dyn Policy, model: &ModelCosts, gradients: Gradients) -> Plan {
         let blocks = model.blocks.len();
         let windows = Windows { moe: vec![Vec::new(); blocks], dense: vec![Vec::new(); blocks], after: Vec::new() };
         let mut plan = Plan { policy: policy.name().to_owned(), degrees: vec![None; blocks], windows, seconds: 0.0 };
@@ -306,7 +330,7 @@ impl Choices {
                     (least(forward), least(backward))
                 };
                 plan.degrees[i] = Some([forward[f].degree, backward[b].degree]);
-                plan.windows.moe[i] = match policy.gradients() {
+                plan.windows.moe[i] = match gradients {
                     Gradients::Pieces(size) => pending.pieces(policy, backward[b].idle(), size),
                     _ => Vec::new(),
                 };
@@ -314,14 +338,14 @@ impl Choices {
             pending.complete(block.moe_gradients);
             // Nothing is exchanged meanwhile: the lanes are free for as long as it takes.
             let idle = [block.dense[1]; 3];
-            plan.windows.dense[i] = match policy.gradients() {
+            plan.windows.dense[i] = match gradients {
                 Gradients::WithDense => pending.all(),
                 Gradients::Pieces(size) => pending.pieces(policy, idle, size),
                 _ => Vec::new(),
             };
             pending.complete(block.dense_gradients);
         }
-        plan.windows.after = match policy.gradients() {
+        plan.windows.after = match gradients {
             Gradients::Pieces(size) => pending.all_in_pieces(size),
             _ => pending.all(),
         };

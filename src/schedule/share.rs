@@ -1,8 +1,10 @@
 //! Which gradients are reduced where, so that a step takes least.
 
-use super::plan::{Candidate, ROUNDING};
+use super::plan::{Candidate, ROUNDING, idle};
 use super::step::Pending;
-use super::{Degree, ModelCosts, Plan, Policy, Slice, Windows};
+use super::{Degree, ModelCosts, Pass, Plan, Policy, Slice, Windows};
+use crate::device::LaneKind;
+use crate::engine::Slowdown;
 
 /// One way of doing a pass backward, the forward that goes with it, and what slices of gradients add to it.
 #[derive(Clone, Copy, Debug)]
@@ -12,6 +14,38 @@ pub(super) struct Choice {
     seconds: f64,
     /// By lane: what x seconds of slices add to, as in [`Candidate::around`].
     around: [f64; 3],
+    /// By lane: what a second of slices costs where it is hidden, as in [`Candidate::lost`].
+    lost: [f64; 3],
+}
+
+impl Choice {
+    /// A dense part, the lanes of collectives being free: two tasks beside each other.
+    fn dense(seconds: f64, slowdown: &Slowdown) -> Self {
+        let compute = LaneKind::Compute as usize;
+        let mut choice = Choice { degrees: [Degree::all_first(1); 2], seconds, around: [0.0; 3], lost: [0.0; 3] };
+        choice.around[compute] = seconds;
+        for lane in (0..3).filter(|&lane| lane != compute) {
+            // Beside the slice the part goes on at 1/(1 + a) of its speed, and the slice beside the part at 1/(1 + b).
+            let (a, b) = (slowdown[compute][lane], slowdown[lane][compute]);
+            choice.lost[lane] = a * (1.0 + b) / (1.0 + a);
+            choice.around[lane] = seconds * (1.0 + a) * b / (1.0 + b);
+        }
+        choice
+    }
+
+    /// What it takes with slices of so many seconds on each lane.
+    fn with(&self, slices: [f64; 3]) -> f64 {
+        let (mut hidden, mut ends) = (0.0, 0.0f64);
+        for (lane, x) in slices.into_iter().enumerate().filter(|(_, x)| *x > 0.0) {
+            let (lost, after) = (self.lost[lane] * x, self.around[lane] + x - self.seconds);
+            match self.lost[lane] < 1.0 {
+                true => (hidden, ends) = (hidden + lost, ends.max(after)),
+                // What outlasts the part no longer slows it down.
+                false => hidden += lost.min(after),
+            }
+        }
+        self.seconds + ends.max(hidden)
+    }
 }
 
 /// What a layer may be cut in: of each pair of ways only those that are not worse than another in time and in room for
@@ -23,10 +57,11 @@ pub(super) fn choices(policy: &dyn Policy, [forward, backward]: &[Vec<Candidate>
     for (i, b) in backward.iter().enumerate() {
         let f = if policy.same_both_ways() { &forward[i] } else { fastest };
         let around = b.around.map(|around| around + f.seconds);
-        let new = Choice { degrees: [f.degree, b.degree], seconds: b.seconds + f.seconds, around };
+        let new = Choice { degrees: [f.degree, b.degree], seconds: b.seconds + f.seconds, around, lost: b.lost };
         let as_good = |a: &Choice, b: &Choice| {
             let slack = ROUNDING * b.seconds;
-            a.seconds <= b.seconds + slack && a.around.iter().zip(b.around).all(|(a, b)| *a <= b + slack)
+            let lost = a.lost.iter().zip(b.lost).all(|(a, b)| *a <= b + ROUNDING);
+            a.seconds <= b.seconds + slack && lost && a.around.iter().zip(b.around).all(|(a, b)| *a <= b + slack)
         };
         if !kept.iter().any(|old| as_good(old, &new)) {
             kept.retain(|old| !as_good(&new, old));
@@ -53,6 +88,15 @@ struct Decision {
     slices: Vec<Slice>,
 }
 
+/// What of the complete gradients a part reduces beside its own work.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    /// What fits.
+    Fitted,
+    All,
+    Nothing,
+}
+
 /// So many ways are followed at a time. As long as there are no more that are not worse in every respect than another,
 /// none is lost.
 const WAYS: usize = 160;
@@ -62,8 +106,9 @@ const PRICES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 const BEST: usize = 8;
 
 /// The best plans in which each part of the backward, beside its own work, reduces what of the complete gradients fits into
-/// the time that their lanes are idle, or all of them, whatever it takes longer for it; and in which a layer is cut otherwise
-/// than would be fastest for it alone, if the room for gradients is worth it. Their times are sums: simulate them.
+/// the time that their lanes are idle, or all of them, whatever it takes longer for it, or none of them; and in which a layer
+/// is cut otherwise than would be fastest for it alone, if the room for gradients is worth it. Their times are sums: simulate
+/// them.
 ///
 /// Parts are decided about in the order of the backward. Of two ways that a part of it can have gone, one that has taken
 /// longer and left more of every group's gradients is never part of the best plan: what comes after it takes no less. The
@@ -71,7 +116,8 @@ const BEST: usize = 8;
 ///
 /// That a part takes in less than fits, or more and not everything, gains nothing: a second of gradients that is added to a
 /// part, its lane not being idle, is a second that is saved later, if it is not hidden there; and what can be hidden later,
-/// still can.
+/// still can. Where lanes slow each other down, hiding costs something, by the part that it is hidden in, and the times here
+/// are estimates: some part of what fits might then be better than all or none of it.
 pub(super) fn share(policy: &dyn Policy, model: &ModelCosts, choices: &[Option<&[Choice]>]) -> Vec<Plan> {
     let none = usize::MAX;
     let mut decisions: Vec<Decision> = Vec::new();
@@ -80,7 +126,7 @@ pub(super) fn share(policy: &dyn Policy, model: &ModelCosts, choices: &[Option<&
         if let Some(choices) = choices[block] {
             states = step(policy, &states, choices, costs.moe_gradients, &mut decisions);
         }
-        let dense = Choice { degrees: [Degree::all_first(1); 2], seconds: costs.dense[1], around: [0.0; 3] };
+        let dense = Choice::dense(costs.dense[Pass::Backward as usize], &model.slowdown);
         states = step(policy, &states, &[dense], costs.dense_gradients, &mut decisions);
     }
     let total = |s: &State<'_>| s.seconds + longest(s.pending.seconds(policy));
@@ -101,21 +147,26 @@ fn step<'a>(
     let mut new: Vec<(State<'a>, Decision)> = Vec::new();
     for state in states {
         for choice in choices {
-            let idle = choice.around.map(|around| (choice.seconds - around).max(0.0));
-            for all in [false, true] {
+            let idle = idle(choice.seconds, choice.around, choice.lost);
+            // What is hidden for nothing always is.
+            let free = choice.lost == [0.0; 3];
+            for beside in [Beside::Fitted, Beside::All, Beside::Nothing] {
                 let mut pending = state.pending.clone();
                 let before = pending.seconds(policy);
-                if all && longest(before) == 0.0 {
+                if beside != Beside::Fitted && longest(before) == 0.0 || beside == Beside::Nothing && free {
                     continue;
                 }
-                let slices = if all { pending.all() } else { pending.fitted(policy, idle) };
-                let with = if all {
-                    choice.around.iter().zip(before).map(|(a, x)| if x > 0.0 { a + x } else { 0.0 }).fold(0.0, f64::max)
-                } else {
-                    0.0
+                let slices = match beside {
+                    Beside::Fitted => pending.fitted(policy, idle),
+                    Beside::All => pending.all(),
+                    Beside::Nothing => Vec::new(),
+                };
+                let with = match beside {
+                    Beside::Fitted if free => choice.seconds,
+                    _ => choice.with(pending.times(policy, &slices)),
                 };
                 pending.complete(gradients);
-                let seconds = state.seconds + choice.seconds.max(with);
+                let seconds = state.seconds + with;
                 let decision = Decision { before: state.at, degrees: choice.degrees, slices };
                 new.push((State { seconds, pending, at: 0 }, decision));
             }
@@ -177,4 +228,30 @@ fn plan(
         }
     }
     plan
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Simulator, TaskGraph};
+    use proptest::prelude::*;
+
+    proptest! {
+        /// What a slice beside a dense part adds to is what two such tasks take.
+        #[test]
+        fn a_slice_beside_a_dense_part(seconds in 0.1f64..2.0, slice in 0.01f64..4.0, drawn in prop::collection::vec(0.0f64..2.0, 9)) {
+            let mut slowdown = Slowdown::default();
+            slowdown.iter_mut().flatten().zip(drawn).for_each(|(s, drawn)| *s = drawn);
+            let choice = Choice::dense(seconds, &slowdown);
+            for lane in [LaneKind::IntraNode, LaneKind::InterNode] {
+                let mut graph = TaskGraph::new();
+                graph.add(lane, slice, []).unwrap();
+                graph.add(LaneKind::Compute, seconds, []).unwrap();
+                let simulated = Simulator::with(slowdown).makespan(&graph, |seconds| *seconds);
+                let mut slices = [0.0; 3];
+                slices[lane as usize] = slice;
+                prop_assert!((choice.with(slices) - simulated).abs() < 1e-9 * simulated, "{} and {simulated}", choice.with(slices));
+            }
+        }
+    }
 }

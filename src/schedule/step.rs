@@ -172,6 +172,17 @@ impl<'a> Pending<'a> {
         seconds
     }
 
+    /// Seconds that slices take, by the lane they run on.
+    pub(super) fn times(&self, policy: &dyn Policy, slices: &[Slice]) -> [f64; 3] {
+        let mut seconds = [0.0; 3];
+        for slice in slices {
+            if let Some((lane, cost)) = self.model.reduce[slice.group as usize] {
+                seconds[policy.reduce_lane(lane) as usize] += cost.seconds(slice.bytes() as f64);
+            }
+        }
+        seconds
+    }
+
     /// Everything.
     pub(super) fn all(&mut self) -> Vec<Slice> {
         let groups = GradGroup::ALL.into_iter().filter(|&g| self.bytes(g) > 0).collect::<Vec<_>>();

@@ -79,9 +79,17 @@ impl Cuda {
         self.copy(&sum, out)
     }
 
-    /// A block per part, and no more than this lane's share.
+    /// As many blocks of a collective's kernels run at once where ranks share a GPU, on whatever lane: schedules that have a
+    /// collective on different lanes get the same collective.
+    pub const COMM_BLOCKS: u32 = 2;
+
+    /// A block per part, and no more than a collective's share.
     fn comm_blocks(&self, bytes: usize) -> u32 {
-        u32::try_from(bytes.div_ceil(PART)).unwrap_or(u32::MAX).clamp(1, self.multiprocessors())
+        let most = match self.share().multiprocessors {
+            Some(share) => share.min(Self::COMM_BLOCKS),
+            None => self.multiprocessors(),
+        };
+        u32::try_from(bytes.div_ceil(PART)).unwrap_or(u32::MAX).clamp(1, most)
     }
 
     /// Host memory of `bytes` bytes that the GPU's copy engines read and write, of unspecified content.

@@ -3,7 +3,7 @@
 use super::GradientBuffers;
 use crate::comm::local::waited;
 use crate::comm::{AllToAll, Communicator, GroupKind, Groups, Topology};
-use crate::device::cuda::Share;
+use crate::device::cuda::{Cuda, Share};
 use crate::device::{Lane, LaneKind, Mark};
 use crate::engine::{
     Cancel, CpuLanes, LANES, LaneStreams, Pending, Span, TaskGraph, TaskId, Timeline, caught, issue, lane_name,
@@ -105,9 +105,6 @@ fn note(trace: &Mutex<Option<Trace>>, spans: impl Iterator<Item = (String, LaneK
 }
 
 impl Parallel {
-    /// As many blocks of a collective's kernels run at once, where ranks share a GPU.
-    pub const COMM_BLOCKS: u32 = 2;
-
     /// Splits `world` into `topology`'s groups and starts this rank's lanes, of which `lane` is [`LaneKind::Compute`]. A
     /// collective.
     ///
@@ -125,7 +122,7 @@ impl Parallel {
         let groups = Groups::new(world, topology)?;
         // Who has a GPU to himself need not leave any of it to other ranks.
         let shared = lane.as_cuda().and_then(|cuda| cuda.share().multiprocessors);
-        let share = Share { multiprocessors: shared.map(|_| Self::COMM_BLOCKS), urgent: true };
+        let share = Share { multiprocessors: shared.map(|_| Cuda::COMM_BLOCKS), urgent: true };
         let [_, intra, inter] = LANES;
         let lanes = [lane.clone(), lane.beside(intra, share)?, lane.beside(inter, share)?];
         let threads = match lane.as_cuda() {
