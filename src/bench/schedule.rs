@@ -17,7 +17,7 @@ use crate::moe::order::OrderKind;
 use crate::moe::{Capacity, MoeConfig, StepContext};
 use crate::rng::{Counter, Purpose};
 use crate::schedule::{
-    BlockCosts, GradGroup, LayerOp, MAX_CHUNKS, ModelCosts, Pass, Plan, Planner, Policy, Profile, policy, step_graph,
+    BlockCosts, GradGroup, LayerOp, MAX_CHUNKS, ModelCosts, Pass, Plan, Planner, Policy, Profile, step_graph,
 };
 use crate::tensor::{DType, Tensor};
 use crate::train::{Ranks, StepPlan, block_shapes};
@@ -147,8 +147,8 @@ pub struct Settings {
     pub dtype: DType,
     /// Emulated costs; none: the ranks' own, which are measured first.
     pub emulate: Option<Profile>,
-    /// The policies, by name; empty: all.
-    pub policies: Vec<String>,
+    /// How rows travel to their experts: as the ranks have it.
+    pub all_to_all: AllToAllKind,
     /// Steps of each policy that are timed.
     pub steps: usize,
     /// How long costs are measured.
@@ -218,14 +218,21 @@ const TOLERANCE: f64 = 3e-2;
 /// Steps before the timed ones.
 const WARM_UP: usize = 1;
 
-/// Runs a shape's step under every policy, on this rank. A collective.
+/// Runs a shape's step under each of `policies`, which need not be this library's, on this rank; the first is what the others
+/// are held against. A collective.
 ///
 /// # Errors
-/// If the shape does not fit the world, a policy gives other gradients, the device has no memory left, or a rank fails.
-pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Result<Outcome> {
+/// If there is no policy, the shape does not fit the world, a policy gives other gradients, the device has no memory left, or a rank fails.
+pub fn run(
+    parallel: &Arc<Parallel>,
+    shape: &Shape,
+    settings: &Settings,
+    policies: &[Arc<dyn Policy>],
+) -> Result<Outcome> {
+    let first = policies.first().ok_or_else(|| Error::Config("a benchmark of no policy".into()))?;
     let topology = *parallel.groups().topology();
     let (lane, sizes) = (parallel.lane(LaneKind::Compute), topology.sizes());
-    let all_to_all: AllToAllKind = parallel.all_to_all().name().parse()?;
+    let all_to_all = settings.all_to_all;
     let real = if settings.emulate.is_some() { shape.image(sizes.mp, sizes.esp) } else { shape.clone() };
     let init = Init::new(lane, settings.dtype, 1);
     let model = Transformer::on_ranks(&init, &real.model, parallel)?;
@@ -251,11 +258,6 @@ pub fn run(parallel: &Arc<Parallel>, shape: &Shape, settings: &Settings) -> Resu
             (costs, None)
         }
     };
-    let policies: Vec<Arc<dyn Policy>> = match settings.policies.is_empty() {
-        true => policy::all().into_iter().map(Arc::from).collect(),
-        false => settings.policies.iter().map(|name| Ok(Arc::from(policy::by_name(name)?))).collect::<Result<_>>()?,
-    };
-    let first = policies.first().ok_or_else(|| Error::Config("a benchmark of no policy".into()))?;
     let plan = |policy: &Arc<dyn Policy>, costs: &ModelCosts| {
         Ok::<_, Error>(StepPlan { policy: policy.clone(), plan: Planner::new().plan(&**policy, costs)? })
     };

@@ -69,9 +69,9 @@ pub(crate) struct Args {
     /// Whose plan is drawn
     #[arg(long, value_name = "NAME", default_value = "fsmoe")]
     policy: String,
-    /// Characters of the chart in the terminal
-    #[arg(long, default_value_t = 100)]
-    width: usize,
+    /// Characters of the chart in the terminal, at least 10
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(10..))]
+    width: u16,
     /// Write the chart as SVG
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
@@ -133,7 +133,7 @@ impl Args {
                 text.push_str(&format!(
                     "\n{title}: {}\n{}",
                     duration(timeline.makespan()),
-                    gantt(timeline, self.width)
+                    gantt(timeline, self.width.into())
                 ));
             }
             text

@@ -7,11 +7,12 @@ use fsmoe::bench::schedule_table;
 use fsmoe::engine::Timeline;
 use fsmoe::fsio::atomic_write;
 use fsmoe::report::{gantt_svg, perfetto};
-use fsmoe::schedule::{Profile, policy};
+use fsmoe::schedule::{Policy, Profile, policy};
 use fsmoe::tensor::{DType, Place};
 use fsmoe::{Error, Result};
 use std::io::stdout;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 #[derive(clap::Args)]
@@ -59,7 +60,10 @@ pub(crate) struct Schedule {
 
 impl Schedule {
     pub(crate) fn run(self) -> Result<()> {
-        self.policy.iter().try_for_each(|name| policy::by_name(name).map(drop))?;
+        let policies: Vec<Arc<dyn Policy>> = match self.policy.is_empty() {
+            true => policy::all().into_iter().map(Arc::from).collect(),
+            false => self.policy.iter().map(|name| policy::by_name(name).map(Arc::from)).collect::<Result<_>>()?,
+        };
         let emulate = self.emulate.as_deref().map(Profile::find).transpose()?;
         let world = self.world.world()?;
         let cpu = world.place == Place::Cpu;
@@ -68,7 +72,7 @@ impl Schedule {
         }
         let settings = Settings {
             dtype: self.dtype.unwrap_or(if cpu { DType::F32 } else { DType::BF16 }),
-            policies: self.policy,
+            all_to_all: world.all_to_all(),
             steps: self.steps as usize,
             measure: Duration::from_secs(2),
             trace: self.trace.is_some(),
@@ -91,8 +95,9 @@ impl Schedule {
             shape.seq = self.seq.unwrap_or(shape.seq);
             shape.model.max_seq = shape.seq;
             let sizes = world.sizes(shape.sizes(world.ranks, world.nodes));
-            let agree = vec![("--shape".to_owned(), format!("{shape:?} {settings:?}"))];
-            let outcomes = world.run(sizes, agree, |parallel| schedule::run(parallel, &shape, &settings))?;
+            let names: Vec<&str> = policies.iter().map(|policy| policy.name()).collect();
+            let agree = vec![("--shape".to_owned(), format!("{shape:?} {settings:?} {names:?}"))];
+            let outcomes = world.run(sizes, agree, |parallel| schedule::run(parallel, &shape, &settings, &policies))?;
             if let Some(folder) = &self.trace {
                 write_traces(folder, &shape.name, &world, &outcomes)?;
             }

@@ -89,6 +89,7 @@ pub(crate) struct World {
 
 impl WorldArgs {
     pub(crate) fn world(self) -> Result<World> {
+        self.comm.takes(self.comm_ctas, self.rendezvous.as_deref(), self.share_gpu)?;
         let launch = match self.comm {
             CommKind::Nccl => Some(launched(Some(self.device).filter(|d| *d != DeviceChoice::Auto))?),
             CommKind::Local => None,

@@ -29,6 +29,16 @@ impl ModelConfig {
             config_err!("{batch} sequences of {seq} tokens with mp = {mp}: it divides the tokens");
         }
         self.check_mp(mp)?;
+        // Rows are indexed by 32 bits on every device.
+        let (own, k, most) = (tokens / mp, self.moe.top_k, i32::MAX);
+        if let Capacity::Factor(f) = self.moe.capacity
+            && f * (k * own) as f64 > f64::from(most)
+        {
+            config_err!(
+                "capacity factor {f:?} with {k} experts for each of {own} tokens: a rank has at most {most} rows, which are \
+                 the product"
+            );
+        }
         let mut blocks: Vec<BlockShape> = (0..self.layers).map(|i| self.block(i, seq, tokens, mp, kind)).collect();
         let embedding = (self.vocab * self.hidden) as u64;
         let positions = if self.arch == Arch::Gpt2 { self.max_seq * self.hidden } else { 0 } as u64;
@@ -111,6 +121,7 @@ fn product(rows: usize, inner: usize, columns: usize) -> f64 {
 mod tests {
     use super::*;
     use crate::model::{PRESETS, preset};
+    use crate::moe::MoeConfig;
 
     /// Against the counts that the settings give in another way.
     #[test]
@@ -151,6 +162,10 @@ mod tests {
         let world = Topology::new(Sizes::new(32, 4, 8, 4, 8)).unwrap();
         let shape = config.workload(2, 1024, &world, AllToAllKind::Direct).unwrap()[0].moe.unwrap();
         assert_eq!((shape.tokens, shape.rows_per_token, shape.gemms), (256, 2.0, 3));
+        let moe = MoeConfig { capacity: Capacity::Factor(1e300), ..config.moe.clone() };
+        let huge = ModelConfig { moe, ..config.clone() };
+        let error = huge.workload(2, 1024, &world, AllToAllKind::Direct).unwrap_err().to_string();
+        assert!(error.contains("capacity factor 1e300 with 2 experts for each of 256 tokens"), "{error}");
         for (batch, seq, mp, part) in [
             (0, 8, 1, "0 sequences"),
             (1, 40_000, 1, "1 to 32768 tokens"),

@@ -3,11 +3,9 @@
 use super::{Align, Table, bytes, count, duration, percent, rate};
 use crate::engine::{LANES, Slowdown, lane_name};
 use crate::moe::distributed::{Measured, Measurement};
+use crate::schedule::Cost;
 use serde::Serialize;
 use std::fmt;
-
-/// A line that explains less of what was measured than this is worth a warning.
-const LEAST_R2: f64 = 0.9;
 
 /// What one thing was measured to cost.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -101,7 +99,7 @@ impl fmt::Display for Costs {
                 others.map(|other| format!("{} beside {}", percent(lost[other as usize]), lane_name(other))).collect();
             writeln!(f, "{} takes longer by {}", lane_name(lane), words.join(", "))?;
         }
-        for CostRow { name, r2, .. } in self.costs.iter().filter(|row| row.r2 < LEAST_R2) {
+        for CostRow { name, r2, .. } in self.costs.iter().filter(|row| row.r2 < Cost::LEAST_R2) {
             writeln!(
                 f,
                 "warning: R² = {r2:.2} for the {name}: its times are on no line. Measure for longer (--time), larger sizes \
@@ -115,7 +113,6 @@ impl fmt::Display for Costs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schedule::Cost;
 
     fn row(name: &str, unit: &'static str, points: &[(f64, f64)]) -> CostRow {
         let cost = Cost::fit(points).unwrap();

@@ -17,6 +17,9 @@ pub struct Cost {
 }
 
 impl Cost {
+    /// A line that explains less than this part of the variance of what was measured is worth a word.
+    pub const LEAST_R2: f64 = 0.9;
+
     /// α + β·n seconds.
     pub fn seconds(&self, n: f64) -> f64 {
         self.alpha + self.beta * n

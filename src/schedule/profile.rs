@@ -118,6 +118,18 @@ impl Profile {
         if name == "fsmoe-paper" { Self::published() } else { Self::load(Path::new(name)) }
     }
 
+    /// All its costs, by name: `dense product`, `inter-node all-to-all`.
+    pub fn costs(&self) -> Vec<(String, Cost)> {
+        let ComputeCosts { gemm, expert } = self.compute;
+        let mut all = vec![("dense product".to_owned(), gemm)];
+        all.extend(expert.map(|cost| ("expert product".to_owned(), cost)));
+        for (lane, costs) in [(LaneKind::IntraNode, &self.intra_node), (LaneKind::InterNode, &self.inter_node)] {
+            let named = |&kind: &Collective| Some((format!("{} {kind}", lane_name(lane)), costs.get(kind)?));
+            all.extend(Collective::ALL.iter().filter_map(named));
+        }
+        all
+    }
+
     /// Reads a profile.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use crate::moe::distributed::{METHOD, Parallel, Subject, measure};
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
 use crate::moe::{Capacity, MoeConfig};
-use crate::schedule::{BlockShape, LayerShape, ModelCosts, Plan, Planner, Policy, Profile, policy};
+use crate::schedule::{BlockShape, Cost, LayerShape, ModelCosts, Plan, Planner, Policy, Profile, policy};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,6 +59,9 @@ pub(super) fn of_run(
             }
         }
     };
+    if leads {
+        notes.extend(doubts(&profile, config.profile.is_none()));
+    }
     // Slices are bytes of these gradients, whatever the profile was measured with.
     let profile = Profile { element_bytes: model.dtype().size(), ..profile };
     let policy: Arc<dyn Policy> = Arc::from(policy::by_name(&config.schedule)?);
@@ -74,6 +77,19 @@ pub(super) fn of_run(
     let text = broadcast_text(&**world, lane, &text)?;
     let plan = serde_json::from_str(&text).map_err(|e| Error::Config(format!("the first rank's plan: {e}")))?;
     Ok(StepPlan { policy, plan })
+}
+
+/// A note for each cost whose times are on no line. `measured`: on these ranks, for this run or one before it.
+fn doubts(profile: &Profile, measured: bool) -> Vec<String> {
+    let again = match measured {
+        true => "--reprofile measures again: while nothing else runs on this machine",
+        false => "fsmoe profile --time measures for longer",
+    };
+    let doubtful = |(name, cost): (String, Cost)| {
+        let r2 = cost.r2.filter(|&r2| r2 < Cost::LEAST_R2)?;
+        Some(format!("note: R² = {r2:.2} for the {name}: its times are on no line, and plans may be off; {again}"))
+    };
+    profile.costs().into_iter().filter_map(doubtful).collect()
 }
 
 /// What decides the costs: the machine, the ranks, what they compute, and how it is measured.
@@ -167,6 +183,21 @@ mod tests {
     use crate::moe::order::OrderKind;
     use crate::tensor::DType;
     use crate::train::CommKind;
+
+    #[test]
+    fn costs_on_no_line_are_told() {
+        let published = Profile::published().unwrap();
+        assert_eq!(doubts(&published, false), Vec::<String>::new());
+        let mut profile = published;
+        profile.compute.gemm.r2 = Some(Cost::LEAST_R2);
+        profile.compute.expert = Some(Cost { alpha: 1e-5, beta: 1e-15, r2: Some(0.5) });
+        profile.inter_node.all_to_all.as_mut().unwrap().r2 = Some(0.894);
+        let notes = doubts(&profile, true);
+        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert!(notes[0].contains("R² = 0.50 for the expert product") && notes[0].contains("--reprofile"), "{notes:?}");
+        assert!(notes[1].contains("R² = 0.89 for the inter-node all-to-all"), "{notes:?}");
+        assert!(doubts(&profile, false)[0].contains("fsmoe profile"));
+    }
 
     /// Costs that were measured of something else are not taken for this one's.
     #[test]

@@ -18,6 +18,23 @@ pub enum CommKind {
 }
 named!(CommKind, "comm", { Local => "local", Nccl => "nccl" });
 
+impl CommKind {
+    /// Refuses what only ranks that are processes take, where they are threads.
+    ///
+    /// # Errors
+    /// Names the first flag that is given with [`CommKind::Local`].
+    pub fn takes(self, comm_ctas: Option<u32>, rendezvous: Option<&str>, share_gpu: bool) -> Result<()> {
+        let ctas = comm_ctas.map(|n| format!("--comm-ctas {n}"));
+        let given = ctas.or_else(|| rendezvous.map(|address| format!("--rendezvous {address}")));
+        match (self, given.or_else(|| share_gpu.then(|| "--share-gpu".to_owned()))) {
+            (CommKind::Local, Some(flag)) => {
+                config_err!("{flag} with --comm local: only ranks that are processes take it, those of --comm nccl")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What is done with measured costs, and with the plans made of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheUse {
@@ -80,7 +97,9 @@ impl WorldConfig {
     /// Names the first size that breaks a rule, or does not fit the model.
     pub(super) fn of(settings: &Settings, model: &ModelConfig) -> Result<Self> {
         let d = WorldConfig::default();
-        let ranks = settings.ranks.unwrap_or(1);
+        let (ranks, comm) = (settings.ranks.unwrap_or(1), settings.comm.unwrap_or(d.comm));
+        let share_gpu = settings.share_gpu.unwrap_or(d.share_gpu);
+        comm.takes(settings.comm_ctas, settings.rendezvous.as_deref(), share_gpu)?;
         let (mp, esp) = (settings.mp.unwrap_or(1), settings.esp.unwrap_or(1));
         let experts = model.moe.experts;
         let fits = |ep: &usize| ranks.is_multiple_of(ep * esp) && experts.is_multiple_of(*ep);
@@ -107,7 +126,7 @@ impl WorldConfig {
         policy::by_name(&schedule)?;
         Ok(WorldConfig {
             sizes,
-            comm: settings.comm.unwrap_or(d.comm),
+            comm,
             timeout,
             all_to_all: settings.a2a.unwrap_or(d.all_to_all),
             schedule,
@@ -117,7 +136,7 @@ impl WorldConfig {
                 (_, Some(true)) => CacheUse::Renew,
                 _ => CacheUse::Use,
             },
-            share_gpu: settings.share_gpu.unwrap_or(d.share_gpu),
+            share_gpu,
             comm_ctas: settings.comm_ctas,
             hosts: d.hosts,
         })

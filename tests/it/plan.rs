@@ -97,6 +97,8 @@ fn what_cannot_be_planned_is_refused_with_the_rule() {
         ("plan --ep 8 --esp 4 --a2a 2dh", "[intra-node.all-to-all]"),
         ("plan --policy megablocks", "megablocks"),
         ("plan --seq 40000", "40000"),
+        ("plan --capacity 1e300", "capacity factor 1e300"),
+        ("plan --width 0", "0 is not in 10..=65535"),
     ] {
         let output = place.output(args);
         let stderr = String::from_utf8(output.stderr).unwrap();

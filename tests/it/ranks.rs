@@ -89,6 +89,28 @@ fn ranks_learn_as_one_rank_with_the_same_routing_groups() {
     }
 }
 
+/// In the type that people train in, on the text that is built in: rounding does not grow over steps.
+#[test]
+fn eight_ranks_in_f32_learn_the_built_in_text_as_one_does() {
+    let place = Place::new();
+    let common = "train --device cpu --dtype f32 --no-cache --layers 2 --hidden 64 --heads 4 --kv-heads 4 --ffn 64 \
+                  --experts 4 --capacity-factor 1.25 --seq 32 --batch 8 --steps 30 --warmup 5 --eval-windows 16 --out";
+    place.stdout(&format!("{common} one --routing-groups 8"));
+    place.stdout(&format!("{common} ranks --ranks 8 --nodes 2 --ep 2 --esp 4 --mp 4"));
+    let losses = |run: &str| -> Vec<f64> {
+        let rows = rows(&place.at(run));
+        rows.iter()
+            .filter_map(|row| row.iter().find(|(key, _)| key == "loss" || key == "val_loss").map(|(_, loss)| *loss))
+            .collect()
+    };
+    let (one, ranks) = (losses("one"), losses("ranks"));
+    // 30 steps and an evaluation, in which something is learned.
+    assert_eq!((one.len(), ranks.len()), (31, 31));
+    assert!(one[30] < one[0] - 1.0, "{one:?}");
+    let largest = one.iter().zip(&ranks).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(largest < 1e-2, "{largest}: {one:?} and {ranks:?}");
+}
+
 #[test]
 fn the_dense_part_is_divided_among_mp_ranks() {
     let gpt2 = "--preset gpt2-moe-tiny --heads 4 --layers 3 --moe-every 3 --shared-experts 1";
@@ -183,6 +205,9 @@ fn worlds_that_do_not_fit_are_refused() {
         ("--ranks 8", ["--batch 4", "--dp 8"]),
         ("--ranks 2 --schedule best", ["best", "tutel"]),
         ("--ranks 2 --a2a 3dh", ["3dh", "1dh"]),
+        ("--comm-ctas 4", ["--comm-ctas 4", "--comm local"]),
+        ("--ranks 2 --comm local --rendezvous here:1", ["--rendezvous here:1", "--comm nccl"]),
+        ("--share-gpu", ["--share-gpu", "processes"]),
         ("--comm nccl", ["no launcher", "torchrun"]),
         ("--comm nccl --device cpu", ["--device cpu", "--comm local"]),
         ("--ranks 2 --comm-timeout 0", ["--comm-timeout 0", "1 second"]),

@@ -1,8 +1,17 @@
 //! `fsmoe bench schedule` on the CPU: emulated, and as fast as it goes.
 
 use crate::train::Place;
+use fsmoe::bench::schedule::{Settings, Shape, run};
+use fsmoe::comm::{AllToAllKind, Sizes, Topology, local};
+use fsmoe::device::{Lane, LaneKind};
+use fsmoe::engine::{LANES, Timeline};
+use fsmoe::moe::distributed::Parallel;
+use fsmoe::schedule::{Policy, policy};
+use fsmoe::tensor::DType;
 use serde_json::Value;
 use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
 
 fn rows(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -88,6 +97,41 @@ fn ranks_are_timed_on_costs_of_their_own() {
     assert!(rows[0]["overran_percent"].is_null() && rows[0]["speedup_over_deepspeed"].is_null());
 }
 
+/// What ranks run is what was planned: on each lane the same tasks, in the same order.
+#[test]
+fn a_traced_step_has_the_order_of_its_graph() {
+    let mut shape: Shape = "tiny".parse().unwrap();
+    (shape.batch, shape.seq, shape.model.max_seq) = (2, 32, 32);
+    let kind = AllToAllKind::Hierarchical2d;
+    let settings =
+        Settings { dtype: DType::F32, emulate: None, all_to_all: kind, steps: 1, measure: Duration::ZERO, trace: true };
+    let policies: Vec<Arc<dyn Policy>> = policy::all().into_iter().map(Arc::from).collect();
+    let topology = Topology::new(Sizes::new(8, 2, 2, 4, 2)).unwrap();
+    let outcomes = local::run(8, Duration::from_secs(60), |world| {
+        let parallel = Parallel::new(&Lane::cpu(), world, topology, kind.build())?;
+        run(&parallel, &shape, &settings, &policies)
+    })
+    .unwrap();
+    // A graph has its lanes' orders; a trace has when tasks began.
+    let on = |timeline: &Timeline, lane, by_time: bool| {
+        let mut spans: Vec<_> = timeline.spans.iter().filter(|span| span.lane == lane).collect();
+        if by_time {
+            spans.sort_by(|a, b| (a.start, a.end).partial_cmp(&(b.start, b.end)).unwrap());
+        }
+        spans.into_iter().map(|span| span.name.clone()).collect::<Vec<String>>()
+    };
+    for (rank, outcome) in outcomes.iter().enumerate() {
+        assert_eq!(outcome.timelines.len(), policies.len());
+        for (policy, traced, planned) in &outcome.timelines {
+            for lane in LANES {
+                let (ran, planned) = (on(traced, lane, true), on(planned, lane, false));
+                assert!(!planned.is_empty() || lane == LaneKind::IntraNode, "{policy}: {lane:?}");
+                assert_eq!(ran, planned, "rank {rank}, {policy}, {lane:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_run_is_told() {
     let place = Place::new();
@@ -99,6 +143,8 @@ fn what_cannot_be_run_is_told() {
         ("--ranks 6 --nodes 4", "6 ranks"),
         ("--shape tiny --ranks 2 --nodes 1 --ep 3", "ep = 3"),
         ("--shape tiny --comm nccl", "torchrun"),
+        ("--shape tiny --share-gpu", "--share-gpu with --comm local"),
+        ("--shape tiny --comm-ctas 8", "--comm-ctas 8 with --comm local"),
     ] {
         let out = place.command(&format!("bench schedule {args}")).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);

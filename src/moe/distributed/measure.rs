@@ -123,7 +123,7 @@ impl What {
 
 /// The number of the way in which costs are measured here. Costs that are kept from run to run are those of one way: whoever
 /// changes what is timed, or how, raises it.
-pub(crate) const METHOD: u32 = 1;
+pub(crate) const METHOD: u32 = 2;
 
 /// Parts of the most that is measured, in sixteenths but for the first: even steps for β, a small one for α.
 const LADDER: [usize; 6] = [1, 2, 4, 8, 12, MAX_CHUNKS];
@@ -156,10 +156,7 @@ pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
     let run = |work: &Work| -> Result<[f64; 2]> {
         let lane = parallel.lane(work.lane);
         world.barrier(compute)?;
-        if parallel.issues() && work.lane != LaneKind::Compute {
-            let small = works.iter().find(|small| small.of == work.of);
-            small.map_or(Ok(()), |small| (small.run)(lane))?;
-        }
+        leave_together(parallel, &works, work)?;
         let start = lane.record(true)?;
         for _ in 0..work.calls {
             (work.run)(lane)?;
@@ -206,7 +203,7 @@ pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
         costs.push(Measurement { name, unit, cost: Cost::fit(&points)?, points });
     }
     let profile = Profile {
-        slowdown: if parallel.issues() { Some(slowdown(parallel, &works, &medians)?) } else { None },
+        slowdown: if parallel.issues() { Some(slowdown(parallel, &works, &medians, subject.budget)?) } else { None },
         ..profile(parallel, subject, &whats, &costs, (fewest, rounds))?
     };
     Ok(Measured { profile, costs, repeats: (fewest, rounds) })
@@ -214,13 +211,29 @@ pub fn measure(parallel: &Parallel, subject: &Subject) -> Result<Measured> {
 
 /// Which of its sizes a piece of work has while it is seen what lanes lose to each other: a chunk's.
 const CHUNK: usize = LADDER[3];
-/// How often that is measured.
-const TURNS: usize = 5;
+/// How often that is measured, at least and at most.
+const TURNS: (usize, usize) = (3, 15);
+
+/// How often what takes `turn` seconds is measured in `share` seconds: an odd number of times, of which one is the median.
+fn turns(share: f64, turn: f64) -> usize {
+    (((share / turn.max(1e-9)) as usize).clamp(TURNS.0, TURNS.1) - 1) | 1
+}
+
+/// Before a collective on a stream is timed: a small one of its kind, which all ranks leave at the same moment.
+fn leave_together(parallel: &Parallel, works: &[Work], work: &Work) -> Result<()> {
+    if !parallel.issues() || work.lane == LaneKind::Compute {
+        return Ok(());
+    }
+    let small = works.iter().find(|small| small.of == work.of);
+    small.map_or(Ok(()), |small| (small.run)(parallel.lane(work.lane)))
+}
 
 /// What the lanes lose to each other where they are streams: the time of a few pieces of work on one of them while another
-/// has enough to do beside it, over the time by themselves, less one. A collective.
-fn slowdown(parallel: &Parallel, works: &[Work], medians: &[f64]) -> Result<Slowdown> {
+/// has enough to do beside it, over the time by themselves, less one; each pair of lanes has an equal part of the budget. A
+/// collective.
+fn slowdown(parallel: &Parallel, works: &[Work], medians: &[f64], budget: Duration) -> Result<Slowdown> {
     const PIECES: usize = 3;
+    const PAIRS: f64 = (LANES.len() * (LANES.len() - 1)) as f64;
     let (compute, world) = (parallel.lane(LaneKind::Compute), parallel.groups().world());
     // The expert's products are the last on Compute; of the collectives of a lane the first is what a layer has most of.
     let chunks = || works.iter().zip(medians).filter(|(work, _)| work.ladder == CHUNK);
@@ -235,6 +248,7 @@ fn slowdown(parallel: &Parallel, works: &[Work], medians: &[f64]) -> Result<Slow
         let mut ahead = beside.map_or(0, |(_, pieces)| pieces);
         let each = ahead.div_ceil(PIECES);
         let lane = parallel.lane(work.lane);
+        leave_together(parallel, works, work)?;
         let start = lane.record(true)?;
         for _ in 0..PIECES {
             if let Some((other, _)) = beside {
@@ -253,16 +267,19 @@ fn slowdown(parallel: &Parallel, works: &[Work], medians: &[f64]) -> Result<Slow
             let (Some((work, own)), Some((other, each))) = (on(slow), on(beside)) else { continue };
             // Twice what it takes by itself.
             let time = |work: &Work, median: &f64| median * work.parts;
-            let pieces = (2.0 * PIECES as f64 * time(work, own) / time(other, each).max(1e-9)).ceil() as usize;
-            let mut times = Vec::with_capacity(2 * TURNS);
-            for _ in 0..TURNS {
+            let (alone, one) = (PIECES as f64 * time(work, own), time(other, each));
+            let pieces = ((2.0 * alone / one.max(1e-9)).ceil() as usize).clamp(1, 64);
+            // Medians are the same on all ranks, and so is this.
+            let turns = turns(budget.as_secs_f64() / PAIRS, alone + alone.max(pieces as f64 * one));
+            let mut times = Vec::with_capacity(2 * turns);
+            for _ in 0..turns {
                 times.push(seconds(work, None)?);
-                times.push(seconds(work, Some((other, pieces.clamp(1, 64))))?);
+                times.push(seconds(work, Some((other, pieces)))?);
             }
             let times = largest(&**world, compute, &times)?;
             let mut ratios: Vec<f64> = times.chunks_exact(2).map(|pair| pair[1] / pair[0].max(1e-9) - 1.0).collect();
             ratios.sort_by(f64::total_cmp);
-            slowdown[slow as usize][beside as usize] = ratios[TURNS / 2].max(0.0);
+            slowdown[slow as usize][beside as usize] = ratios[turns / 2].max(0.0);
         }
     }
     Ok(slowdown)

@@ -79,6 +79,23 @@ fn every_cost_that_a_plan_asks_for_is_measured() {
 }
 
 #[test]
+fn turns_follow_the_budget_and_have_a_median() {
+    // Seconds that there are, seconds of a turn, turns.
+    for (share, turn, expected) in [
+        (0.0, 1.0, 3),
+        (0.1, 1.0, 3),
+        (4.9, 1.0, 3),
+        (5.0, 1.0, 5),
+        (10.5, 1.0, 9),
+        (14.0, 1.0, 13),
+        (1e9, 1.0, 15),
+        (1.0, 0.0, 15),
+    ] {
+        assert_eq!(turns(share, turn), expected, "{share} s, {turn} s each");
+    }
+}
+
+#[test]
 fn a_layer_that_does_not_fit_is_refused() {
     let topology = Topology::new(Sizes::new(2, 1, 1, 2, 1)).unwrap();
     let (even, odd) = (model(2), MoeConfig { experts: 3, ..model(2).moe_layer() });
