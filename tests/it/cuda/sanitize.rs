@@ -170,5 +170,5 @@ fn sanitize_layer() {
 #[ignore = "needs a CUDA device"]
 fn sanitize_replay() {
     let config = layer::config(GateKind::TopK, OrderKind::GShard, ExpertKind::Gpt);
-    replay::replays_with_the_same_bits("a small layer", &config, 16);
+    replay::replays_with_the_same_bits("a small layer", &config, 16, DType::BF16);
 }
