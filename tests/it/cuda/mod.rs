@@ -23,6 +23,7 @@ mod ranks;
 mod replay;
 mod routing_times;
 mod sanitize;
+mod shapes;
 mod train;
 
 use std::path::{Path, PathBuf};
