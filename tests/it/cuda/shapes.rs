@@ -23,27 +23,37 @@ const ELEMENTS: usize = 1 << 17;
 /// And the most FLOPs of its products.
 const FLOPS: f64 = 2e8;
 
-fn drawn() -> impl Strategy<Value = (Vec<usize>, DType)> {
-    (prop::collection::vec(size(), 8), prop::sample::select(DTYPES.to_vec()))
+fn drawn(dtypes: &[DType]) -> impl Strategy<Value = (Vec<usize>, DType)> {
+    (prop::collection::vec(size(), 8), prop::sample::select(dtypes.to_vec()))
 }
 
-/// Every operation in every type on all-ones, then in types drawn with shapes; outputs are poisoned beforehand.
 #[test]
 #[ignore = "needs a CUDA device"]
 fn cuda_every_case_on_drawn_shapes() {
-    let bench = Bench::open(Place::Cuda(0)).unwrap();
+    on_drawn_shapes(Place::Cuda(0), 16, &DTYPES);
+}
+
+/// That the shapes are legal shows without a GPU.
+#[test]
+fn every_case_takes_drawn_shapes() {
+    on_drawn_shapes(Place::Cpu, 4, &[DType::F32]);
+}
+
+/// Every operation in every type on all-ones, then in types drawn with shapes; outputs are poisoned beforehand.
+fn on_drawn_shapes(place: Place, rounds: u32, dtypes: &[DType]) {
+    let bench = Bench::open(place).unwrap();
     let mut failures = Vec::new();
     for case in cases() {
         let check = |sizes: &Sizes, dtype| against::check_shape(case, &**bench.lane(), sizes, dtype);
-        for dtype in DTYPES {
+        for &dtype in dtypes {
             failures.extend(check(&case.legal(&[1; 8]), dtype).err().map(|e| e.to_string()));
         }
-        let config = Config { cases: 16, failure_persistence: None, ..Config::default() };
+        let config = Config { cases: rounds, failure_persistence: None, ..Config::default() };
         let done = TestRunner::new_with_rng(
             config,
             proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
         )
-        .run(&drawn(), |(mut wanted, dtype)| {
+        .run(&drawn(dtypes), |(mut wanted, dtype)| {
             let limited = |wanted: &[usize]| {
                 let sizes = case.legal(wanted);
                 let elements: usize = (case.args)(&sizes).iter().map(|arg| arg.shape.elements()).sum();

@@ -18,6 +18,17 @@ pub(super) fn gpu() -> Cuda {
     GPU.get_or_init(|| Cuda::new(0).unwrap()).clone()
 }
 
+/// Fails if `measured` is more than a quarter above `documented`, the figure in docs/performance.md, which holds on an H200;
+/// on another card it says that nothing is asserted. Noise stays below a quarter.
+pub(super) fn assert_as_documented(what: &str, measured: f64, documented: f64) {
+    let card = gpu().name().unwrap();
+    if card.contains("H200") {
+        assert!(measured <= 1.25 * documented, "{what}: {measured:.3}, documented as {documented:.3}");
+    } else {
+        println!("{what}: {measured:.3} on {card}, where no figure is documented: not asserted");
+    }
+}
+
 /// An operation's input. The oracle is given the same values, after rounding, in f64.
 pub(super) enum In {
     /// In the type under test.
