@@ -19,6 +19,7 @@ mod model;
 mod nccl;
 mod optim;
 mod order;
+mod ragged;
 mod ranks;
 mod replay;
 mod routing_times;
