@@ -314,6 +314,24 @@ impl Case {
         halves.into_iter().find(less).unwrap_or_else(|| sizes.clone())
     }
 
+    /// The sizes nearest to `wanted`, in the order of [`Case::sizes`], that are legal: k at most 16, E at most 1,024.
+    ///
+    /// # Panics
+    /// If there are fewer numbers than sizes.
+    pub fn legal(&self, wanted: &[usize]) -> Sizes {
+        let size = |(i, size): (usize, &Size)| {
+            let most = match size.name {
+                "k" => 16,
+                "E" => 1024,
+                _ => usize::MAX,
+            };
+            (size.name, wanted[i].clamp(1, most))
+        };
+        let mut sizes = Sizes(self.sizes.iter().enumerate().map(size).collect());
+        (self.fix)(&mut Fix(&mut sizes));
+        sizes
+    }
+
     /// The least bytes that a run moves: what it reads and writes, once, and what it adds to, twice.
     pub fn bytes(&self, sizes: &Sizes, dtype: DType) -> f64 {
         (self.args)(sizes).iter().map(|arg| arg.bytes(dtype)).sum()
