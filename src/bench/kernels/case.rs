@@ -6,6 +6,9 @@ use crate::rng::{Counter, Purpose};
 use crate::tensor::{DType, Shape, Tensor};
 use std::ops::Index;
 
+/// No operation's sizes have a larger product: what is made of them is counted in whole numbers.
+const MOST: f64 = (1u64 << 60) as f64;
+
 /// A size of a case, by its letter in docs/architecture.md.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
@@ -276,6 +279,13 @@ impl Case {
             (size.name, given.unwrap_or(if cpu { size.cpu } else { size.gpu }))
         };
         let sizes = Sizes(self.sizes.iter().map(size).collect());
+        let product: f64 = sizes.iter().map(|(_, size)| size as f64).product();
+        if product > MOST {
+            config_err!(
+                "{} with {sizes}: {product:.1e} is the product of its sizes, and at most {MOST:.1e}",
+                self.name
+            );
+        }
         let mut fixed = sizes.clone();
         (self.fix)(&mut Fix(&mut fixed));
         if fixed != sizes {
@@ -285,6 +295,12 @@ impl Case {
             config_err!("{} with {sizes}: {}", self.name, changed.join(", "));
         }
         Ok(sizes)
+    }
+
+    /// Bytes of all its tensors.
+    pub fn memory(&self, sizes: &Sizes, dtype: DType) -> f64 {
+        let of = |arg: Arg| arg.shape.elements() as f64 * arg.dtype(dtype).size() as f64;
+        (self.args)(sizes).into_iter().map(of).sum()
     }
 
     /// Random sizes to check results with: the first are all ones.

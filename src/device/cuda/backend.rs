@@ -211,7 +211,7 @@ impl Cuda {
 
     /// A new row-major tensor of unspecified content.
     pub(super) fn allocate(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
-        let storage = self.pool().alloc(shape.elements() * dtype.size())?;
+        let storage = self.pool().alloc(shape.bytes(dtype)?)?;
         Tensor::new(storage, Layout::contiguous(shape), dtype)
     }
 
