@@ -115,6 +115,8 @@ pub struct LayerSettings {
     pub dtype: DType,
     /// How tokens fall to experts.
     pub load: Load,
+    /// Whether the backward computes the experts' inner products again.
+    pub recompute: bool,
 }
 
 /// One measurement; other implementations' have the same fields.
@@ -274,6 +276,7 @@ impl Subject {
             ffn: shape.ffn,
             gelu: Gelu::Erf,
             soft_slots: (shape.tokens * shape.top_k).div_ceil(shape.experts),
+            recompute: settings.recompute,
             ..MoeConfig::default()
         };
         let layer = MoeLayer::new(&Init::new(&lane, settings.dtype, 1), &config)?;
@@ -505,6 +508,7 @@ mod tests {
             capacity: Capacity::Dropless,
             dtype: DType::F32,
             load: Load::Uniform,
+            recompute: false,
         };
         let error = require_memory(&Lane::cpu(), &settings, &large).unwrap_err().to_string();
         assert!(error.contains("weights and gradients") && error.contains("masks"), "{error}");

@@ -66,6 +66,9 @@ struct Layer {
     /// Expert: gpt or mixtral; by default the shape's
     #[arg(long)]
     expert: Option<ExpertKind>,
+    /// The backward computes the experts' inner products again rather than keeping them
+    #[arg(long)]
+    recompute: bool,
     /// Router load: uniform, zipf (an expert's load as 1/rank), or a JSON file with "loads" or an "assignment"
     #[arg(long, default_value = "uniform", value_name = "LOAD")]
     load: Load,
@@ -155,6 +158,7 @@ impl Layer {
             capacity: self.capacity_factor,
             dtype,
             load: self.load,
+            recompute: self.recompute,
         };
         self.common.report(
             bench::layer_table,

@@ -109,6 +109,9 @@ settings! {
     bias_rate: f64,
     /// Routing groups: runs of consecutive tokens routed apart
     routing_groups: usize,
+    /// The backward computes the experts' inner products again rather than keeping them
+    #[arg(num_args = 0..=1, default_missing_value = "true")]
+    recompute: bool,
     /// Dense FFN beside every MoE layer, in multiples of an expert's width
     shared_experts: usize,
     /// MoE in every n-th block
@@ -294,6 +297,7 @@ impl Settings {
         set(&mut moe.gate_noise, &self.gate_noise);
         set(&mut moe.sigmoid.bias_rate, &self.bias_rate);
         set(&mut moe.groups, &self.routing_groups);
+        set(&mut moe.recompute, &self.recompute);
         model.validate()?;
         Ok(model)
     }

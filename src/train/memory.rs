@@ -121,12 +121,14 @@ fn activations(model: &ModelConfig, tokens: u64, sizes: Sizes, own: u64, acc: u6
         OrderKind::GShard => 2 * routed * rows / moe.groups.max(1) as u64 * own,
         OrderKind::Tutel | OrderKind::Ragged => 0,
     };
+    // Computed again, what is before the activation is there in one layer at a time.
+    let (kept, again) = if moe.recompute { (h, inner - h) } else { (inner, 0) };
     // Rows before and after the experts, of all that share them, and inside; logits.
     let shared = dense * model.shared_experts as u64 + masks;
-    let experts = rows * (2 * esp * m + inner) * own + routed * moe.experts as u64 * acc + shared;
+    let experts = rows * (2 * esp * m + kept) * own + routed * moe.experts as u64 * acc + shared;
     let (all, with_moe) = (model.layers as u64, model.moe_layers() as u64);
     let kept = all * attention + (all - with_moe) * dense + with_moe * experts;
-    kept + attention + dense.max(experts)
+    kept + attention + dense.max(experts + rows * again * own)
 }
 
 /// Fails where the lane's device, or the host, has too little memory for the run.
@@ -166,6 +168,11 @@ mod tests {
         for part in ["parameters 87.0 GiB", "moments 348", "master weights 174", "80.0 GiB free", "--batch", "cuda:0"] {
             assert!(error.contains(part), "{part}: {error}");
         }
+        let mut other = model.clone();
+        other.moe.recompute = true;
+        assert!(MemoryEstimate::new(&config, &other).activations < estimate.activations);
+        other.moe.order = OrderKind::GShard;
+        assert!(MemoryEstimate::new(&config, &other).activations > estimate.activations);
         let wide = MemoryEstimate::new(&TrainConfig { dtype: DType::F32, ..config }, &model);
         assert_eq!((wide.parameters, wide.masters), (4 * n, 0));
         let error = check(&Lane::cpu(), &TrainConfig::default(), &model).unwrap_err().to_string();

@@ -78,6 +78,7 @@ fn cuda_layers_are_timed_with_their_memory() {
             capacity,
             dtype: DType::BF16,
             load,
+            recompute: false,
         };
         let mut rows: Vec<LayerRow> = Vec::new();
         let mut keep = |row| {
