@@ -3,7 +3,8 @@
 
     python3 scripts/compare.py ours.jsonl peers.jsonl [--plot layers.svg] [--pass forward]
 
-The table is Markdown: a line per shape, load and capacity factor, a column per implementation with its best mode's median
+The table is Markdown: a line per shape, load, capacity factor, type, gate and expert, a column per implementation (and per
+order, where there are rows of several) with its best mode's median
 in milliseconds and its efficiency, three times the dense cuBLAS forward of the same useful FLOPs over its time (once for
 `--pass forward`). The fastest is bold. The plot (PNG or SVG, by its name; needs matplotlib) has the efficiencies.
 """
@@ -17,7 +18,11 @@ def read(paths):
     """The layers' rows of JSON-lines files; other lines of the same runs are passed over."""
     rows = []
     for path in paths:
-        with open(path) as file:
+        try:
+            file = open(path)
+        except OSError as error:
+            raise SystemExit(f"{path}: {error.strerror}")
+        with file:
             for number, line in enumerate(file, 1):
                 if not line.strip().startswith("{"):
                     continue
@@ -33,23 +38,43 @@ def read(paths):
 
 
 def key(row):
-    """What is compared with each other."""
-    return row["shape"], row["load"], row["capacity_factor"], row["device"]
+    """What is compared with each other. The order is an implementation's own affair: see `columns`."""
+    return tuple(row[name] for name in ("shape", "load", "capacity_factor", "dtype", "gate", "expert", "device"))
+
+
+def columns(rows):
+    """Each row's column: its implementation, with the order where there are rows of several of that implementation."""
+    orders = {}
+    for row in rows:
+        orders.setdefault(row["impl"], set()).add(row["order"])
+    return [f"{row['impl']}, {row['order']}" if len(orders[row["impl"]]) > 1 else row["impl"] for row in rows]
+
+
+def labels(keys):
+    """A name for each key: the shape, and what else differs from the usual or between them."""
+    varied = [len({key[n] for key in keys}) > 1 for n in range(7)]
+
+    def label(key):
+        shape, _, capacity, dtype, gate, expert, device = key
+        parts = [shape] + ([f"f = {capacity}"] if capacity != "*" else [])
+        return ", ".join(parts + [part for part, n in ((dtype, 3), (gate, 4), (expert, 5), (device, 6)) if varied[n]])
+
+    return [label(key) for key in keys]
 
 
 def join(rows, pass_):
-    """{key: {impl: row of the best mode}}, and the implementations, ours first; both in the order of the rows."""
+    """{key: {column: row of the best mode}}, and the columns, ours first; both in the order of the rows."""
     joined, impls = {}, []
-    for row in rows:
-        if row["impl"] not in impls:
-            impls.append(row["impl"])
+    for row, column in zip(rows, columns(rows)):
+        if column not in impls:
+            impls.append(column)
         if row["pass"] != pass_:
             continue
         found = joined.setdefault(key(row), {})
-        best = found.get(row["impl"])
+        best = found.get(column)
         if best is None or ("median_ms" in row and row["median_ms"] < best.get("median_ms", float("inf"))):
-            found[row["impl"]] = row
-    impls.sort(key=lambda impl: impl != "fsmoe")
+            found[column] = row
+    impls.sort(key=lambda column: column.split(", ")[0] != "fsmoe")
     return joined, impls
 
 
@@ -64,28 +89,29 @@ def cell(row, fastest):
 
 def table(rows, pass_="forward+backward"):
     joined, impls = join(rows, pass_)
-    devices = {device for *_, device in joined}
     lines = [
         f"| {pass_} | load | dense × {1 if pass_ == 'forward' else 3} | floor | " + " | ".join(impls) + " |",
         "|---|---|---|---|" + "---|" * len(impls),
     ]
-    for (shape, load, capacity, device), found in joined.items():
+    for label, (_, load, *_), found in zip(labels(list(joined)), joined, joined.values()):
         timed = [row for row in found.values() if "median_ms" in row]
         if not timed:
             continue
-        reference = found.get("fsmoe") if found.get("fsmoe") in timed else timed[0]
+        reference = next((row for row in timed if row["impl"] == "fsmoe"), timed[0])
         times = 1 if pass_ == "forward" else 3
         fastest = min(row["median_ms"] for row in timed)
-        where = shape + (f", f = {capacity}" if capacity != "*" else "") + (f" ({device})" if len(devices) > 1 else "")
         cells = [cell(found.get(impl), fastest) for impl in impls]
         dense, floor = f"{times * reference['dense_ms']:.4g} ms", f"{reference['floor_ms']:.4g} ms"
-        lines.append(f"| {where} | {load} | {dense} | {floor} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label} | {load} | {dense} | {floor} | " + " | ".join(cells) + " |")
     failures = [f"- {r['impl']}, {r['shape']}, {r['mode']}: {r['error']}" for r in rows if "error" in r]
     return "\n".join(lines + (["", "Failed:", "", *failures] if failures else [])) + "\n"
 
 
 def plot(rows, path, pass_="forward+backward"):
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit(f"--plot {path}: it needs matplotlib, which this Python does not have")
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -101,7 +127,10 @@ def plot(rows, path, pass_="forward+backward"):
                         label=impl, color=colours[i % len(colours)])  # fmt: skip
         axes.bar_label(bars, [f"{h:.2f}" if h else "" for h in heights], fontsize=7, padding=1)
     axes.axhline(1, color="#3c3c44", linewidth=0.8)
-    names = [shape + ("" if load == "uniform" else f"\n{load}") + ("" if f == "*" else f"\nf = {f}") for shape, load, f, _ in joined]
+    names = [
+        label.replace(", ", "\n") + ("" if where[1] == "uniform" else f"\n{where[1]}")
+        for label, where in zip(labels(list(joined)), joined)
+    ]
     axes.set_xticks(range(len(joined)), names, fontsize=8)
     axes.set_ylabel(f"share of the dense cuBLAS time, {pass_}", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

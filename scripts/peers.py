@@ -448,8 +448,10 @@ def main():
     if args.capacity_factor != "*":
         impls = [impl for impl in impls if impl == "tutel"]
 
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(f"peers.py: it needs PyTorch: {error}")
     if not torch.cuda.is_available():
         raise SystemExit("peers.py: no GPU that torch can use")
     begun, device = time.time(), torch.cuda.get_device_name()

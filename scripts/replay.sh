@@ -6,8 +6,13 @@
 set -euo pipefail
 
 it=${1:-pack/it}
+[ -x "$it" ] || { echo "$0: $it: no such program; scripts/pack-gpu-tests.sh makes it" >&2; exit 1; }
+command -v ncu > /dev/null || { echo "$0: ncu, Nsight Compute's command, is not in PATH" >&2; exit 1; }
+# Not in the loop's head, where a failure would go unseen.
+tests=$("$it" --list --ignored | sed -n 's/: test$//p' | grep cuda_time_of_a_replay) ||
+  { echo "$0: $it has no test called cuda_time_of_a_replay_*" >&2; exit 1; }
 log=$(mktemp)
-for test in $("$it" --list --ignored | sed -n 's/: test$//p' | grep cuda_time_of_a_replay); do
+for test in $tests; do
   "$it" --ignored --exact "$test" --nocapture --test-threads 1 | grep takes
   # Clocks and caches as they are in a run. Only the last replay is recorded.
   ncu --profile-from-start off --graph-profiling node --clock-control none --cache-control none \

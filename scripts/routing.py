@@ -11,7 +11,10 @@ the device's, medians of repeats.
 import json
 import statistics
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(f"routing.py: it needs PyTorch: {error}")
 
 WARM_UP, REPEATS = 5, 50
 

@@ -1,16 +1,18 @@
 //! Somebody else's kernel in the place of ours: built, checked against the CPU, timed beside ours.
 
-use super::kernels::{Case, KernelRow, Overrides, Sizes};
+use super::kernels::{Case, KernelRow, Overrides, Role, Sizes};
 use super::{Bench, Ceiling, Theirs, Work};
 use crate::device::cpu::Cpu;
 use crate::device::{Kernels, Lane};
 use crate::error::{Error, Result, config_err, shape_err};
 use crate::tensor::{DType, Tensor};
 
-/// Tensors whose values are all smaller are compared as if their largest were this.
-const VANISHING: f64 = 0.05;
 /// Shapes that results are checked on.
 const SHAPES: u64 = 8;
+/// What the oracle does in seconds: elements of all tensors, and FLOPs of products. With the large sizes shrunk to this,
+/// elementwise work and rows still exceed what the largest grid takes in one pass, 2¹⁸ threads of up to eight elements.
+const ORACLE_ELEMENTS: f64 = (32 << 20) as f64;
+const ORACLE_FLOPS: f64 = 2e10;
 
 /// Checks `cases` with somebody's kernels, and times those that are right beside ours, in turn; each row goes to `emit`.
 ///
@@ -51,7 +53,7 @@ fn run_case(
     let (theirs_lane, name) = (theirs.lane.clone(), &theirs.name);
     // What the case before has launched is not this one's.
     (theirs.asked)();
-    let checked = check(case, &*theirs_lane, dtype);
+    let checked = check_with_timed(case, &*theirs_lane, sizes, dtype);
     let asked = (theirs.asked)();
     if !asked.iter().any(|(_, found)| *found) {
         let launched: Vec<&str> = asked.iter().map(|(entry, _)| entry.as_str()).collect();
@@ -62,7 +64,8 @@ fn run_case(
             if launched.is_empty() { "it launches no kernel of this crate".into() } else { launched.join(", ") }
         );
     }
-    let largest_error = checked?;
+    let (largest_error, compared) = checked?;
+    let compared: Vec<String> = compared.iter().map(Sizes::to_string).collect();
 
     let tensors = case.tensors(&*ours, sizes, dtype)?;
     let our_work = || (case.run)(&*ours, sizes, &tensors);
@@ -87,13 +90,15 @@ fn run_case(
             implementation: implementation.to_owned(),
             replaces: is_theirs.then_some(replaced),
             largest_error: is_theirs.then_some(largest_error),
+            compared: is_theirs.then(|| compared.clone()),
             ..row
         })?;
     }
     Ok(())
 }
 
-/// max|a − b| / max|b| must stay below this, outputs of the accumulation type included: they come from rounded data.
+/// max|a − b| / max|b| must stay below this for a tensor of `dtype`. The right values are of the same rounded inputs, so
+/// that what is computed and written in f32 is held to f32's, whatever its inputs' type.
 pub fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 1e-11,
@@ -110,16 +115,50 @@ pub fn tolerance(dtype: DType) -> f64 {
 /// [`Error::Numeric`] with the first element that is wrong, or if two runs of one input differ; otherwise what running
 /// it gave.
 pub fn check(case: &Case, kernels: &dyn Kernels, dtype: DType) -> Result<f64> {
-    let mut worst = 0.0;
-    let mut seen: Vec<Sizes> = Vec::new();
-    for round in 0..SHAPES {
-        let sizes = case.random(round);
-        if !seen.contains(&sizes) {
-            worst = f64::max(worst, check_shape(case, kernels, &sizes, dtype)?);
-            seen.push(sizes);
+    check_shapes(case, kernels, &small(case), dtype)
+}
+
+/// The same, and then on the shape that is timed, or [`within_the_oracle`]'s in its place. Returns the shapes as well.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_with_timed(case: &Case, kernels: &dyn Kernels, timed: &Sizes, dtype: DType) -> Result<(f64, Vec<Sizes>)> {
+    let mut shapes = small(case);
+    shapes.push(within_the_oracle(case, timed));
+    Ok((check_shapes(case, kernels, &shapes, dtype)?, shapes))
+}
+
+/// Different random shapes.
+fn small(case: &Case) -> Vec<Sizes> {
+    let mut shapes: Vec<Sizes> = Vec::new();
+    for sizes in (0..SHAPES).map(|round| case.random(round)) {
+        if !shapes.contains(&sizes) {
+            shapes.push(sizes);
         }
     }
-    Ok(worst)
+    shapes
+}
+
+fn check_shapes(case: &Case, kernels: &dyn Kernels, shapes: &[Sizes], dtype: DType) -> Result<f64> {
+    shapes.iter().try_fold(0.0, |worst, sizes| Ok(f64::max(worst, check_shape(case, kernels, sizes, dtype)?)))
+}
+
+/// `timed`, or with its largest sizes halved until the CPU does it in seconds: still many times what one pass of the
+/// largest grid covers, so that a kernel that does not go round its grid is found out.
+pub fn within_the_oracle(case: &Case, timed: &Sizes) -> Sizes {
+    let too_much = |sizes: &Sizes| {
+        let elements: f64 = (case.args)(sizes).iter().map(|arg| arg.shape.elements() as f64).sum();
+        elements > ORACLE_ELEMENTS || (case.flops)(sizes) > ORACLE_FLOPS
+    };
+    let mut sizes = timed.clone();
+    while too_much(&sizes) {
+        let smaller = case.halved(&sizes);
+        if smaller == sizes {
+            break;
+        }
+        sizes = smaller;
+    }
+    sizes
 }
 
 /// [`check`] on one shape.
@@ -132,6 +171,10 @@ pub fn check_shape(case: &Case, kernels: &dyn Kernels, sizes: &Sizes, dtype: DTy
     // Inputs made by other operations are made in f64, then rounded as the others are.
     let wide = case.tensors(&Cpu, sizes, DType::F64)?;
     let rounded = |n: usize| -> Result<Tensor> {
+        // Also where it is large: memory given again may hold the right results of the run before.
+        if args[n].role == Role::Out {
+            return args[n].values(dtype, n as u64);
+        }
         let to = args[n].dtype(dtype);
         if to == DType::I32 { Ok(wide[n].clone()) } else { host.cast(&wide[n], to) }
     };
@@ -165,7 +208,7 @@ pub fn check_shape(case: &Case, kernels: &dyn Kernels, sizes: &Sizes, dtype: DTy
         if bytes(&first[n])? != bytes(&second[n])? {
             return Err(Error::Numeric(format!("{what}: two runs on the same inputs differ")));
         }
-        worst = f64::max(worst, compare(&what, &first[n], &right[n], tolerance(dtype))?);
+        worst = f64::max(worst, compare(&what, &first[n], &right[n], tolerance(first[n].dtype()))?);
     }
     Ok(worst)
 }
@@ -178,8 +221,12 @@ fn bytes(t: &Tensor) -> Result<&[u8]> {
     Ok(unsafe { std::slice::from_raw_parts(t.ptr().cast_const(), t.elements() * t.dtype().size()) })
 }
 
-/// The largest error of `got` relative to the largest of `right`; integers must be equal.
-fn compare(what: &str, got: &Tensor, right: &Tensor, tolerance: f64) -> Result<f64> {
+/// max|got − right| / max|right|; integers must be equal, and zeros where all of `right` are. Both are on the host, of one
+/// shape.
+///
+/// # Errors
+/// [`Error::Numeric`] with the first element that is off by more than `tolerance`.
+pub fn compare(what: &str, got: &Tensor, right: &Tensor, tolerance: f64) -> Result<f64> {
     let wrong = |at: usize, got: String, right: String, by: String| {
         Err(Error::Numeric(format!("{what}: element {at} is {got}, should be {right}{by}")))
     };
@@ -192,8 +239,7 @@ fn compare(what: &str, got: &Tensor, right: &Tensor, tolerance: f64) -> Result<f
     }
     let got = Lane::cpu().cast(got, DType::F64)?.to_vec::<f64>()?;
     let right = right.to_vec::<f64>()?;
-    // What all but vanishes, the difference of larger values, has their rounding.
-    let largest = right.iter().fold(VANISHING, |most, v| most.max(v.abs()));
+    let largest = right.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
     let mut worst = 0.0_f64;
     for (at, (a, b)) in got.iter().zip(&right).enumerate() {
         let error = if a == b { 0.0 } else { (a - b).abs() / largest };
@@ -219,6 +265,50 @@ mod tests {
             let error = check(case, &Cpu, DType::F32).unwrap_or_else(|e| panic!("{e}"));
             assert!(error < 1e-5, "{}: {error:e}", case.name);
         }
+    }
+
+    /// What is compared in the place of the timed shape takes the CPU seconds, and a GPU more than one pass.
+    #[test]
+    fn the_large_shape_is_within_the_oracle_and_beyond_a_pass() {
+        for case in cases() {
+            let timed = case.benchmarked(false, &"".parse().unwrap()).unwrap();
+            let sizes = within_the_oracle(case, &timed);
+            let elements: usize = (case.args)(&sizes).iter().map(|arg| arg.shape.elements()).sum();
+            assert!(
+                elements as f64 <= ORACLE_ELEMENTS && (case.flops)(&sizes) <= ORACLE_FLOPS,
+                "{}: {sizes}",
+                case.name
+            );
+            let most = (case.args)(&timed).iter().map(|arg| arg.shape.elements()).max().unwrap();
+            // 132 multiprocessors of 2048 threads; a product's tiles are counted by hand.
+            if (case.flops)(&sizes) == 0.0 && most > 132 * 2048 {
+                let largest = (case.args)(&sizes).iter().map(|arg| arg.shape.elements()).max().unwrap();
+                assert!(largest > 2 * 132 * 2048 || sizes == timed, "{}: {sizes}, {largest} elements", case.name);
+            }
+            assert_eq!(within_the_oracle(case, &case.random(3)), case.random(3), "{}", case.name);
+        }
+        let swiglu = named(Some("swiglu")).unwrap()[0];
+        let sizes = within_the_oracle(swiglu, &swiglu.benchmarked(false, &"".parse().unwrap()).unwrap());
+        assert!(sizes["R"] * sizes["H"] > 8 * 132 * 2048, "eight elements a thread: {sizes}");
+    }
+
+    /// A kernel that is right on every small shape, and leaves out what one pass of its grid does not reach.
+    #[test]
+    fn what_lacks_a_loop_over_its_grid_is_caught_on_the_timed_shape() {
+        let case = *named(Some("gelu")).unwrap()[0];
+        let run: fn(&dyn Kernels, &Sizes, &[Tensor]) -> Result<()> = |k, _, t| {
+            let n = t[0].elements();
+            let reached = if t[0].dtype() == DType::F64 { n } else { n.min(1 << 17) };
+            let (x, y) = (t[0].reshape([n])?, t[1].reshape([n])?);
+            k.gelu(crate::device::Gelu::Erf, &x.narrow(0, 0, reached)?, &y.narrow(0, 0, reached)?)
+        };
+        let lacking = Case { run, ..case };
+        check(&lacking, &Cpu, DType::F32).unwrap();
+        let timed = case.benchmarked(true, &"".parse().unwrap()).unwrap();
+        let message = check_with_timed(&lacking, &Cpu, &timed, DType::F32).unwrap_err().to_string();
+        assert!(message.contains(&format!("with {timed}")) && message.contains("is NaN"), "{message}");
+        let (_, shapes) = check_with_timed(&case, &Cpu, &timed, DType::F32).unwrap();
+        assert_eq!(shapes.last(), Some(&timed));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
 use crate::moe::order::OrderKind;
 use crate::moe::{Assignment, Capacity, MoeConfig, MoeLayer, Routing, RoutingStats, StepContext};
+use crate::report::bytes as readable;
 use crate::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -84,6 +85,10 @@ impl FromStr for LayerShape {
             (Ok(sizes), Some(expert), 6) => {
                 if let Some((name, _)) = ["T", "M", "H", "E", "k"].iter().zip(sizes).find(|(_, size)| *size == 0) {
                     config_err!("shape {s}: {name} = 0, which is at least 1");
+                }
+                let product: f64 = sizes.iter().map(|size| *size as f64).product();
+                if product > MOST {
+                    config_err!("shape {s}: {product:.1e} is the product of its sizes, and at most {MOST:.1e}");
                 }
                 Ok(Self::new(s, sizes, expert.parse()?))
             }
@@ -324,7 +329,9 @@ impl Subject {
         let Some(routing) = self.routing.take() else {
             config_err!("a layer was not run before its routing was asked for");
         };
-        Ok((routing.stats(&self.lane)?, useful_rows(shape, &routing)))
+        let stats = routing.stats(&self.lane)?;
+        let rows = useful_rows(shape, &routing, &stats);
+        Ok((stats, rows))
     }
 }
 
@@ -354,10 +361,43 @@ impl Dense {
     }
 }
 
-/// The rows that a routing asks the experts for.
-fn useful_rows(shape: &LayerShape, routing: &Routing) -> usize {
+/// No layer's sizes have a larger product: what is made of them is counted in whole numbers.
+const MOST: f64 = (1u64 << 60) as f64;
+
+/// Fails where the device, or the host, has too little memory for a layer, forward and backward.
+fn require_memory(lane: &Lane, settings: &LayerSettings, shape: &LayerShape) -> Result<()> {
+    let Some(free) = lane.free_memory()? else { return Ok(()) };
+    let (own, t, m) = (settings.dtype.size() as f64, shape.tokens as f64, shape.hidden as f64);
+    let factor = if let Capacity::Factor(f) = settings.capacity { f } else { 1.0 };
+    let rows = (factor * t * shape.top_k as f64).min(t * shape.experts as f64);
+    let inner = if shape.expert == ExpertKind::Gpt { 2.0 } else { 3.0 } * shape.ffn as f64;
+    let masks = if settings.order == OrderKind::GShard { 2.0 * t * rows } else { 0.0 };
+    let parts = [
+        ("weights and gradients", 2.0 * shape.experts as f64 * shape.weights_of_one() as f64 * own),
+        ("tokens", (TOKEN_SETS as f64 + 4.0) * t * m * own),
+        ("rows", rows * (2.0 * m + inner) * own),
+        ("masks", masks * own),
+        ("logits", t * shape.experts as f64 * 4.0),
+    ];
+    let sum: f64 = parts.iter().map(|(_, n)| n).sum();
+    if sum > free as f64 {
+        let parts: Vec<String> =
+            parts.iter().filter(|(_, n)| *n > 0.0).map(|(name, n)| format!("{name} {}", readable(*n))).collect();
+        config_err!(
+            "layer {} needs at least {} ({}), and {} are free",
+            shape.name,
+            readable(sum),
+            parts.join(" + "),
+            readable(free as f64)
+        );
+    }
+    Ok(())
+}
+
+/// The rows that the experts are useful for: what is dropped is not done.
+fn useful_rows(shape: &LayerShape, routing: &Routing, stats: &RoutingStats) -> usize {
     match routing.assignment {
-        Assignment::TokenChoice { .. } => shape.tokens * shape.top_k,
+        Assignment::TokenChoice { .. } => (shape.tokens * shape.top_k).saturating_sub(stats.dropped as usize).max(1),
         _ => routing.padded_rows(),
     }
 }
@@ -369,6 +409,7 @@ fn run_shape(
     ceiling: &Ceiling,
     emit: &mut dyn FnMut(LayerRow) -> Result<()>,
 ) -> Result<()> {
+    require_memory(bench.lane(), settings, shape)?;
     let before = bench.memory().map_or(0, |memory| memory.used);
     let subject = Subject::new(bench, settings, shape)?;
     for n in 0..TOKEN_SETS {
@@ -454,6 +495,19 @@ mod tests {
             let message = wrong.parse::<LayerShape>().unwrap_err().to_string();
             assert!(message.contains("T,M,H,E,k,expert") && message.contains("sonic_default"), "{message}");
         }
+        let huge = "99999999999,4096,4096,8,2,gpt".parse::<LayerShape>().unwrap_err().to_string();
+        assert!(huge.contains("product of its sizes"), "{huge}");
+        let large: LayerShape = "1000000,65536,262144,1024,8,gpt".parse().unwrap();
+        let settings = LayerSettings {
+            shapes: Vec::new(),
+            gate: GateKind::TopK,
+            order: OrderKind::GShard,
+            capacity: Capacity::Dropless,
+            dtype: DType::F32,
+            load: Load::Uniform,
+        };
+        let error = require_memory(&Lane::cpu(), &settings, &large).unwrap_err().to_string();
+        assert!(error.contains("weights and gradients") && error.contains("masks"), "{error}");
         let zero = "1,2,0,4,5,gpt".parse::<LayerShape>().unwrap_err().to_string();
         assert!(zero.contains("H = 0"), "{zero}");
         assert!("1,2,3,4,5,mlp".parse::<LayerShape>().unwrap_err().to_string().contains("gpt, mixtral"));

@@ -72,7 +72,15 @@ impl Load {
 }
 
 fn replayed(path: &Path, tokens: usize, k: usize, experts: usize) -> Result<Vec<i32>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    let text = match std::fs::read_to_string(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            config_err!(
+                "load {}: it is uniform, zipf, or a recording's file, and there is no such file",
+                path.display()
+            )
+        }
+        text => text.map_err(|e| Error::io(path, e))?,
+    };
     let bad = |what: String| Error::Config(format!("{}: {what}", path.display()));
     let recording: Recording = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
     match recording {

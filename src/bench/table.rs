@@ -20,7 +20,7 @@ fn ms(value: f64) -> String {
 /// A table of layers' rows, with what failed below it.
 pub fn layer_table(rows: &[LayerRow]) -> String {
     let mut columns = vec![Align::Left; 4];
-    columns.extend([Align::Right; 8]);
+    columns.extend([Align::Right; 9]);
     let mut table = Table::new(&columns).header([
         "shape",
         "impl",
@@ -34,6 +34,7 @@ pub fn layer_table(rows: &[LayerRow]) -> String {
         "floor ms",
         "peak",
         "load",
+        "dropped",
     ]);
     for row in rows {
         let Some(f) = &row.figures else { continue };
@@ -50,6 +51,7 @@ pub fn layer_table(rows: &[LayerRow]) -> String {
             ms(f.floor_ms),
             f.peak_bytes.map_or("–".into(), |n| bytes(n as f64)),
             format!("{:.2} × mean", f.load_max_over_mean),
+            format!("{:.1} %", 100.0 * f.dropped as f64 / (row.tokens * row.top_k) as f64),
         ]);
     }
     let errors = rows.iter().filter_map(|row| {
@@ -125,8 +127,15 @@ pub fn kernel_table(rows: &[KernelRow]) -> String {
             f.bound.clone(),
         ]);
     }
+    let compared = rows.iter().filter(|row| row.mode == "eager").filter_map(|row| {
+        let (shapes, error) = (row.compared.as_ref()?.join("; "), row.largest_error?);
+        Some(format!(
+            "{} {}: as the CPU's, off by {error:.1e} of the largest at most, on {shapes}\n",
+            row.name, row.implementation
+        ))
+    });
     let errors = rows.iter().filter_map(|row| {
         row.error.as_ref().map(|error| format!("{} {} {}: {error}\n", row.name, row.implementation, row.mode))
     });
-    format!("{table}{}", errors.collect::<String>())
+    format!("{table}{}{}", compared.collect::<String>(), errors.collect::<String>())
 }

@@ -38,7 +38,7 @@ struct Common {
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
     /// Element type: f32, bf16, f16, or f64 on the CPU; by default bf16 on a GPU and f32 on the CPU
-    #[arg(long)]
+    #[arg(long, value_parser = super::float)]
     dtype: Option<DType>,
     /// Milliseconds to measure for, per shape and per operation, between 7 and 500 repeats; by default 1500 and 150
     #[arg(long, value_name = "MS")]
@@ -101,9 +101,6 @@ impl Common {
     /// The type, and what the device can do at most, which is written first.
     fn begin(&self, bench: &mut Bench, budget_ms: u64) -> Result<(DType, Ceiling)> {
         let dtype = self.dtype.unwrap_or(if bench.is_cpu() { DType::F32 } else { DType::BF16 });
-        if !dtype.is_float() {
-            return Err(Error::Config(format!("--dtype {dtype}: it is f32, bf16, f16 or f64")));
-        }
         let ceiling = Ceiling::measure(bench, dtype)?;
         bench.set_budget(Duration::from_millis(self.time.unwrap_or(budget_ms)));
         if self.json {
@@ -118,6 +115,7 @@ impl Common {
     fn report<Row: serde::Serialize>(
         &self,
         table: fn(&[Row]) -> String,
+        failed: fn(&Row) -> bool,
         work: impl FnOnce(&mut dyn FnMut(Row) -> Result<()>) -> Result<()>,
     ) -> Result<()> {
         let mut rows = Vec::new();
@@ -131,7 +129,11 @@ impl Common {
         if !rows.is_empty() {
             write_out(&mut stdout(), table(&rows).as_bytes())?;
         }
-        done
+        match rows.iter().filter(|row| failed(row)).count() {
+            0 => done,
+            // Below the table is what went wrong.
+            n => done.map_err(|_| Error::Config(format!("{n} of {} measurements failed", rows.len()))),
+        }
     }
 }
 
@@ -154,7 +156,11 @@ impl Layer {
             dtype,
             load: self.load,
         };
-        self.common.report(bench::layer_table, |emit| layer::run(&mut bench, &settings, &ceiling, emit))
+        self.common.report(
+            bench::layer_table,
+            |row| row.error.is_some(),
+            |emit| layer::run(&mut bench, &settings, &ceiling, emit),
+        )
     }
 }
 
@@ -168,9 +174,13 @@ impl Kernels {
             None => None,
         };
         let (dtype, ceiling) = self.common.begin(&mut bench, 150)?;
-        self.common.report(bench::kernel_table, |emit| match &theirs {
-            Some(theirs) => bench::against::run(&mut bench, theirs, &cases, dtype, &self.shape, &ceiling, emit),
-            None => kernels::run(&mut bench, &cases, dtype, &self.shape, &ceiling, emit),
-        })
+        self.common.report(
+            bench::kernel_table,
+            |row| row.error.is_some(),
+            |emit| match &theirs {
+                Some(theirs) => bench::against::run(&mut bench, theirs, &cases, dtype, &self.shape, &ceiling, emit),
+                None => kernels::run(&mut bench, &cases, dtype, &self.shape, &ceiling, emit),
+            },
+        )
     }
 }

@@ -10,6 +10,7 @@ mod train;
 mod world;
 
 use clap::{Parser, Subcommand};
+use fsmoe::tensor::DType;
 use fsmoe::{Error, Result};
 use std::io::Write;
 
@@ -48,6 +49,15 @@ impl Cli {
             Command::Doctor(args) => args.run(),
         }
     }
+}
+
+/// A type that arithmetic is done in.
+fn float(name: &str) -> Result<DType> {
+    let mut floats = DType::ALL.iter().copied().filter(|dtype| dtype.is_float());
+    floats.clone().find(|dtype| dtype.name() == name).ok_or_else(|| {
+        let known: Vec<&str> = floats.by_ref().map(DType::name).collect();
+        Error::Config(format!("{name:?} is none of {}", known.join(", ")))
+    })
 }
 
 /// Writes to standard output, flushed. A pipe that nobody reads any more is an error, where `print!` would panic.

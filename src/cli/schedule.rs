@@ -44,7 +44,7 @@ pub(crate) struct Schedule {
     #[arg(long, value_name = "PROFILE")]
     emulate: Option<String>,
     /// Element type (f32 on the CPU, bf16 on a GPU)
-    #[arg(long)]
+    #[arg(long, value_parser = super::float)]
     dtype: Option<DType>,
     /// Steps of each policy that are timed
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u64).range(1..))]

@@ -84,6 +84,17 @@ impl Lane {
         }
     }
 
+    /// Bytes of its device's memory, or the host's, that are free; none where the system does not say.
+    ///
+    /// # Errors
+    /// If the device cannot be asked.
+    pub fn free_memory(&self) -> Result<Option<u64>> {
+        Ok(match self.device()? {
+            Some(device) => Some(device.free_memory as u64),
+            None => cpu::available_memory(),
+        })
+    }
+
     /// Another queue of the same device, with `share` of it where it is a GPU.
     ///
     /// # Errors

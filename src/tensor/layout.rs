@@ -1,5 +1,6 @@
 //! Shapes and strides: which element of a storage a tensor's index means.
 
+use super::DType;
 use crate::error::{Result, shape_err};
 use std::fmt;
 use std::ops::Deref;
@@ -26,9 +27,20 @@ impl Shape {
         Shape { dims: out, rank: dims.len() }
     }
 
-    /// The number of elements: the product of the dimensions, 1 for a scalar.
+    /// The number of elements: the product of the dimensions, 1 for a scalar; the largest number where it is larger.
     pub fn elements(&self) -> usize {
-        self.iter().product()
+        if self.contains(&0) { 0 } else { self.iter().fold(1, |product: usize, &d| product.saturating_mul(d)) }
+    }
+
+    /// The bytes of as many elements of a type.
+    ///
+    /// # Errors
+    /// If no process can address as many.
+    pub fn bytes(&self, dtype: DType) -> Result<usize> {
+        match self.elements().checked_mul(dtype.size()) {
+            Some(bytes) if isize::try_from(bytes).is_ok() => Ok(bytes),
+            _ => shape_err!("a tensor of shape {self} in {dtype}: it has at most {} bytes", isize::MAX),
+        }
     }
 
     /// The dimensions as a slice.
@@ -208,7 +220,7 @@ impl Layout {
 fn row_major(shape: &Shape) -> [usize; MAX_RANK] {
     let mut strides = [1; MAX_RANK];
     for i in (0..shape.len().saturating_sub(1)).rev() {
-        strides[i] = strides[i + 1] * shape[i + 1].max(1);
+        strides[i] = usize::saturating_mul(strides[i + 1], shape[i + 1].max(1));
     }
     strides
 }
@@ -216,6 +228,15 @@ fn row_major(shape: &Shape) -> [usize; MAX_RANK] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shape_beyond_any_memory_has_an_error_not_a_size() {
+        let huge = Shape::new(&[1 << 40, 1 << 40]);
+        assert_eq!((huge.elements(), Shape::new(&[1 << 40, 1 << 40, 0]).elements()), (usize::MAX, 0));
+        let error = huge.bytes(DType::F32).unwrap_err().to_string();
+        assert!(error.contains("1099511627776") && error.contains("at most"), "{error}");
+        assert_eq!(Shape::new(&[3, 5]).bytes(DType::F64).unwrap(), 120);
+    }
 
     #[test]
     fn reshape_splits_and_merges_without_copies() {

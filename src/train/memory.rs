@@ -9,6 +9,7 @@ use crate::model::ModelConfig;
 use crate::moe::Capacity;
 use crate::moe::expert::ExpertKind;
 use crate::moe::gate::GateKind;
+use crate::moe::order::OrderKind;
 use crate::report::bytes;
 use std::fmt;
 
@@ -115,27 +116,34 @@ fn activations(model: &ModelConfig, tokens: u64, sizes: Sizes, own: u64, acc: u6
             (factor * (moe.top_k as u64 * routed) as f64).ceil() as u64
         }
     };
+    // GShard's one-hot tensors (T, R) of a routing group: which token goes where, and with which weight.
+    let masks = match moe.order {
+        OrderKind::GShard => 2 * routed * rows / moe.groups.max(1) as u64 * own,
+        OrderKind::Tutel | OrderKind::Ragged => 0,
+    };
     // Rows before and after the experts, of all that share them, and inside; logits.
-    let shared = dense * model.shared_experts as u64;
+    let shared = dense * model.shared_experts as u64 + masks;
     let experts = rows * (2 * esp * m + inner) * own + routed * moe.experts as u64 * acc + shared;
     let (all, with_moe) = (model.layers as u64, model.moe_layers() as u64);
     let kept = all * attention + (all - with_moe) * dense + with_moe * experts;
     kept + attention + dense.max(experts)
 }
 
-/// Fails where the lane's device has too little memory for the run; a host's memory is not asked.
+/// Fails where the lane's device, or the host, has too little memory for the run.
+///
+/// # Errors
+/// With the sum.
 pub(super) fn check(lane: &Lane, config: &TrainConfig, model: &ModelConfig) -> Result<()> {
-    match lane.device()? {
-        Some(device) => {
-            let place = format!("{} ({})", lane.place(), device.name);
-            let (place, ranks) = match (config.world.comm, config.world.sizes.ranks) {
-                (CommKind::Local, ranks @ 2..) => (format!("each of {ranks} ranks on {place}"), ranks),
-                _ => (place, 1),
-            };
-            MemoryEstimate::new(config, model).require(&place, (device.free_memory / ranks) as u64)
-        }
-        None => Ok(()),
-    }
+    let Some(free) = lane.free_memory()? else { return Ok(()) };
+    let place = match lane.device()? {
+        Some(device) => format!("{} ({})", lane.place(), device.name),
+        None => "this machine".to_owned(),
+    };
+    let (place, ranks) = match (config.world.comm, config.world.sizes.ranks) {
+        (CommKind::Local, ranks @ 2..) => (format!("each of {ranks} ranks on {place}"), ranks),
+        _ => (place, 1),
+    };
+    MemoryEstimate::new(config, model).require(&place, free / ranks as u64)
 }
 
 #[cfg(test)]
@@ -160,7 +168,9 @@ mod tests {
         }
         let wide = MemoryEstimate::new(&TrainConfig { dtype: DType::F32, ..config }, &model);
         assert_eq!((wide.parameters, wide.masters), (4 * n, 0));
-        check(&Lane::cpu(), &TrainConfig::default(), &model).unwrap();
+        let error = check(&Lane::cpu(), &TrainConfig::default(), &model).unwrap_err().to_string();
+        assert!(error.contains("this machine has"), "{error}");
+        check(&Lane::cpu(), &TrainConfig::default(), &preset("mixtral-tiny").unwrap()).unwrap();
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::readings::Readings;
 use crate::autograd::{Init, Tape};
 use crate::comm::{Sizes, Topology};
 use crate::device::Lane;
+use crate::device::cuda::range;
 use crate::error::{Error, Result, config_err};
 use crate::model::checkpoint::Whole;
 use crate::model::{ModelConfig, Transformer};
@@ -257,6 +258,7 @@ impl Trainer {
     /// [`Error::Numeric`] if the loss or a gradient is not finite, saying where that first appeared; the parameters are
     /// then as they were before the step.
     pub fn step(&mut self) -> Result<StepOutcome> {
+        let _range = range(format_args!("step {}", self.step + 1));
         let micro = self.config.accumulate;
         let windows = self.upload_windows()?;
         self.ranks.as_ref().map_or_else(
@@ -353,6 +355,7 @@ impl Trainer {
     /// # Errors
     /// If they divide those of none, if the device fails, and [`Error::Numeric`] if the loss is not finite.
     pub fn evaluate(&self, windows: usize) -> Result<f64> {
+        let _range = range("evaluation");
         let seq = self.config.seq;
         let (share, shares) = self.share();
         let windows = self.corpus.held_out_windows(seq, windows);

@@ -88,12 +88,15 @@ fn what_cannot_be_benchmarked_is_refused() {
             "only top-k and sigmoid",
         ),
         ("layer --shape 8,4,4,2,3,gpt", "top_k = 3 with 2 experts"),
-        ("layer --dtype i32", "--dtype i32"),
+        ("layer --dtype i32", "none of f64, f32, bf16, f16\n"),
+        ("kernels --dtype f8", "none of f64, f32, bf16, f16\n"),
+        ("schedule --dtype i32", "none of f64, f32, bf16, f16\n"),
+        ("layer --shape 8,4,4,2,2,gpt --load zip", "it is uniform, zipf, or"),
         ("kernels speed", "no operation is called \"speed\""),
         ("kernels top_k --shape k=0", "at least 1"),
         ("kernels top_k --shape T", "SIZE=NUMBER"),
         ("kernels top_k --shape Q=1", "the sizes of what is benchmarked are E, T, k"),
-        ("kernels top_k --shape k=9,E=4", "its rules make that"),
+        ("kernels top_k --shape k=9,E=4", "k = 9 must be 4"),
         ("kernels --against x.cu", "<NAME>"),
         ("kernels swiglu --against none.fatbin", "none.fatbin"),
         ("kernels swiglu --against text.txt", "takes a GPU"),
@@ -103,6 +106,23 @@ fn what_cannot_be_benchmarked_is_refused() {
         assert!(!output.status.success() && stderr.contains(part), "{args}: no {part:?} in {stderr}");
         assert!(!stderr.contains("panicked"), "{args}: {stderr}");
     }
+}
+
+/// In a table's place below it, and not again at the end.
+#[test]
+fn an_error_is_told_once() {
+    let output = Place::new().output("bench layer --device cpu --time 1 --shape 8,4,4,2,3,gpt --shape 8,4,4,2,2,gpt");
+    let all = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(!output.status.success() && all.contains("1 of 3 measurements failed"), "{all}");
+    assert_eq!(all.matches("top_k = 3 with 2 experts").count(), 1, "{all}");
+}
+
+#[test]
+fn replays_are_not_measured_without_the_tests_program() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/replay.sh");
+    let Ok(output) = Command::new("bash").arg(script).arg("/nowhere/it").output() else { return };
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && stderr.contains("/nowhere/it: no such program"), "{stderr}");
 }
 
 #[test]
@@ -139,7 +159,7 @@ fn printed(output: &Output) -> String {
 #[test]
 fn peers_rows_are_as_ours_and_join() {
     let place = Place::new();
-    let lines = place.stdout(&format!("{LAYER} --load zipf"));
+    let lines = place.stdout(&format!("{LAYER} --load zipf --dtype bf16"));
     let ours: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
     // A peer's row of the same shape, device and load with made-up times, and one that failed.
     let code = "
@@ -164,8 +184,7 @@ print(json.dumps(row('graph', error='no capture')))
     for same in ["flops", "load_max_over_mean"] {
         assert_eq!(number(&peer, same), number(&ours, same), "{same}");
     }
-    // bf16 there, f32 here.
-    assert_eq!(2.0 * number(&peer, "bytes"), number(&ours, "bytes"));
+    assert_eq!(number(&peer, "bytes"), number(&ours, "bytes"));
     assert_eq!((number(&peer, "median_ms"), number(&peer, "p10_ms"), number(&peer, "efficiency")), (2.0, 1.2, 0.75));
 
     fs::write(place.at("ours.jsonl"), &lines).unwrap();
@@ -182,6 +201,18 @@ print(json.dumps(row('graph', error='no capture')))
     assert!(table.contains("- torch, 96,32,48,8,2,gpt, graph: no capture"), "{table}");
     assert_eq!(table.matches("**").count(), 2, "one is the fastest: {table}");
     assert!(!compare(&["small.toml"]).status.success());
+    let missing = compare(&["none.jsonl"]);
+    assert!(!missing.status.success());
+    assert_eq!(String::from_utf8_lossy(&missing.stderr), "none.jsonl: No such file or directory\n");
+    // Another type is another line, another order another column.
+    let other = |from: &str, to: &str| {
+        fs::write(place.at("other.jsonl"), lines.replace(from, to)).unwrap();
+        printed(&compare(&["ours.jsonl", "other.jsonl", "peers.jsonl", "--pass", "forward+backward"]))
+    };
+    let table = other(r#""dtype":"bf16""#, r#""dtype":"f16""#);
+    assert!(table.contains("| 96,32,48,8,2,gpt, bf16 |") && table.contains("| 96,32,48,8,2,gpt, f16 |"), "{table}");
+    let table = other(r#""order":"ragged""#, r#""order":"tutel""#);
+    assert!(table.contains("| fsmoe, ragged | fsmoe, tutel | torch |"), "{table}");
     if python("import matplotlib").is_some_and(|output| output.status.success()) {
         printed(&compare(&["ours.jsonl", "peers.jsonl", "--plot", "layers.svg"]));
         assert!(fs::read_to_string(place.at("layers.svg")).unwrap().contains("<svg"));

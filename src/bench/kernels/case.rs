@@ -6,6 +6,9 @@ use crate::rng::{Counter, Purpose};
 use crate::tensor::{DType, Shape, Tensor};
 use std::ops::Index;
 
+/// No operation's sizes have a larger product: what is made of them is counted in whole numbers.
+const MOST: f64 = (1u64 << 60) as f64;
+
 /// A size of a case, by its letter in docs/architecture.md.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
@@ -276,12 +279,28 @@ impl Case {
             (size.name, given.unwrap_or(if cpu { size.cpu } else { size.gpu }))
         };
         let sizes = Sizes(self.sizes.iter().map(size).collect());
+        let product: f64 = sizes.iter().map(|(_, size)| size as f64).product();
+        if product > MOST {
+            config_err!(
+                "{} with {sizes}: {product:.1e} is the product of its sizes, and at most {MOST:.1e}",
+                self.name
+            );
+        }
         let mut fixed = sizes.clone();
         (self.fix)(&mut Fix(&mut fixed));
         if fixed != sizes {
-            config_err!("{} with {sizes}: its rules make that {fixed}", self.name);
+            let changed = sizes.iter().zip(fixed.iter()).filter(|(given, fixed)| given != fixed);
+            let changed: Vec<String> =
+                changed.map(|((name, given), (_, fixed))| format!("{name} = {given} must be {fixed} there")).collect();
+            config_err!("{} with {sizes}: {}", self.name, changed.join(", "));
         }
         Ok(sizes)
+    }
+
+    /// Bytes of all its tensors.
+    pub fn memory(&self, sizes: &Sizes, dtype: DType) -> f64 {
+        let of = |arg: Arg| arg.shape.elements() as f64 * arg.dtype(dtype).size() as f64;
+        (self.args)(sizes).into_iter().map(of).sum()
     }
 
     /// Random sizes to check results with: the first are all ones.
@@ -296,13 +315,46 @@ impl Case {
         sizes
     }
 
+    /// The largest size halved, the sizes being made legal; the same where no size can be less.
+    pub(in crate::bench) fn halved(&self, sizes: &Sizes) -> Sizes {
+        let mut by_size: Vec<(&str, usize)> = sizes.0.clone();
+        by_size.sort_by_key(|(_, size)| std::cmp::Reverse(*size));
+        let halves = by_size.into_iter().map(|(name, size)| {
+            let mut half = sizes.clone();
+            let mut fix = Fix(&mut half);
+            fix.set(name, size / 2);
+            (self.fix)(&mut fix);
+            half
+        });
+        let less = |other: &Sizes| other.0.iter().zip(&sizes.0).all(|(a, b)| a.1 <= b.1) && other != sizes;
+        halves.into_iter().find(less).unwrap_or_else(|| sizes.clone())
+    }
+
+    /// The sizes nearest to `wanted`, in the order of [`Case::sizes`], that are legal: k at most 16, E at most 1,024.
+    ///
+    /// # Panics
+    /// If there are fewer numbers than sizes.
+    pub fn legal(&self, wanted: &[usize]) -> Sizes {
+        let size = |(i, size): (usize, &Size)| {
+            let most = match size.name {
+                "k" => 16,
+                "E" => 1024,
+                _ => usize::MAX,
+            };
+            (size.name, wanted[i].clamp(1, most))
+        };
+        let mut sizes = Sizes(self.sizes.iter().enumerate().map(size).collect());
+        (self.fix)(&mut Fix(&mut sizes));
+        sizes
+    }
+
     /// The least bytes that a run moves: what it reads and writes, once, and what it adds to, twice.
     pub fn bytes(&self, sizes: &Sizes, dtype: DType) -> f64 {
         (self.args)(sizes).iter().map(|arg| arg.bytes(dtype)).sum()
     }
 
-    /// Its tensors on `kernels`' device, filled and set up. Outputs are poisoned where they are small enough to be checked;
-    /// what large ones hold is nobody's affair, and would take longer to upload than the benchmark takes.
+    /// Its tensors on `kernels`' device, filled and set up. Outputs are poisoned where they are small; what large ones
+    /// hold is nobody's affair when they are timed, and would take longer to upload than the benchmark takes.
     ///
     /// # Errors
     /// If the device fails or has no memory left.

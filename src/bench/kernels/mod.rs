@@ -12,6 +12,7 @@ pub use case::{Arg, Case, Fix, Kind, Overrides, Role, Size, Sizes, Values};
 use super::{Bench, Ceiling, Spread, Work};
 use crate::device::Kernels;
 use crate::error::{Result, config_err};
+use crate::report::bytes as readable;
 use crate::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,9 @@ pub struct KernelRow {
     /// The largest error against the CPU, relative to the largest right value, of somebody's kernels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub largest_error: Option<f64>,
+    /// The sizes that somebody's results were compared with the CPU's on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compared: Option<Vec<String>>,
     /// Why there are no figures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -118,6 +122,7 @@ impl KernelRow {
             mode: mode.into(),
             replaces: None,
             largest_error: None,
+            compared: None,
             error: None,
             figures: None,
         }
@@ -193,6 +198,10 @@ fn run_case(
     emit: &mut dyn FnMut(KernelRow) -> Result<()>,
 ) -> Result<()> {
     let lane = bench.lane().clone();
+    let (needed, free) = (case.memory(sizes, dtype), lane.free_memory()?);
+    if let Some(free) = free.filter(|free| needed > *free as f64) {
+        config_err!("{} with {sizes} needs {}, and {} are free", case.name, readable(needed), readable(free as f64));
+    }
     let tensors = case.tensors(&*lane, sizes, dtype)?;
     let work = || (case.run)(&*lane, sizes, &tensors);
     work()?;

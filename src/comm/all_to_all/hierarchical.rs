@@ -97,8 +97,31 @@ impl AllToAll for Hierarchical1d {
     }
 
     fn run(&self, phase: usize, comms: &GroupComms, lane: &Lane, counts: &Counts, input: &Tensor) -> Result<Tensor> {
-        let Some(levels) = comms.levels() else { return Direct.run(phase, comms, lane, counts, input) };
+        match comms.levels() {
+            None => Direct.run(phase, comms, lane, counts, input),
+            Some(levels) => self.phase(phase, &Place::new(comms, levels, counts), lane, input, None),
+        }
+    }
+
+    fn run_into(
+        &self,
+        phase: usize,
+        comms: &GroupComms,
+        lane: &Lane,
+        counts: &Counts,
+        input: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
+        let Some(levels) = comms.levels() else { return Direct.run_into(phase, comms, lane, counts, input, out) };
         let p = Place::new(comms, levels, counts);
+        let t = self.phase(phase, &p, lane, input, Some(out))?;
+        p.arranger.place(lane, &t, out)
+    }
+}
+
+impl Hierarchical1d {
+    /// A phase, whose result is in `out` if there is one and it is received from others.
+    fn phase(&self, phase: usize, p: &Place<'_>, lane: &Lane, input: &Tensor, out: Option<&Tensor>) -> Result<Tensor> {
         let (leader, here, all) = (p.local == 0, p.of_node(p.node), p.all());
         match phase {
             // Everything to the leader, whose rows then lie by source here, then by destination.
@@ -107,7 +130,7 @@ impl AllToAll for Hierarchical1d {
                 send[0] = p.sum(&[(p.node, p.local)], &all);
                 let from = |&member: &Member| if leader { p.sum(&[member], &all) } else { 0 };
                 let recv: Vec<usize> = here.iter().map(from).collect();
-                exchange(&*p.levels.intra, lane, input, &send, &recv)
+                exchange(&*p.levels.intra, lane, input, &send, &recv, out)
             }
             // Between leaders, by destination node; what comes lies by source, then by destination here.
             1 if leader => {
@@ -115,7 +138,7 @@ impl AllToAll for Hierarchical1d {
                 let rows = p.arrange(lane, input, &pairs(&here, &all), &want)?;
                 let send: Vec<usize> = (0..p.nodes).map(|b| p.sum(&here, &p.of_node(b))).collect();
                 let recv: Vec<usize> = (0..p.nodes).map(|a| p.sum(&p.of_node(a), &here)).collect();
-                exchange(&*p.levels.inter, lane, &rows, &send, &recv)
+                exchange(&*p.levels.inter, lane, &rows, &send, &recv, out)
             }
             1 => Ok(input.clone()),
             // From the leader, by destination.
@@ -131,7 +154,7 @@ impl AllToAll for Hierarchical1d {
                 let send: Vec<usize> = here.iter().map(to).collect();
                 let mut recv = vec![0; p.per_node];
                 recv[0] = p.sum(&all, &[(p.node, p.local)]);
-                exchange(&*p.levels.intra, lane, &rows, &send, &recv)
+                exchange(&*p.levels.intra, lane, &rows, &send, &recv, out)
             }
         }
     }
@@ -150,8 +173,31 @@ impl AllToAll for Hierarchical2d {
     }
 
     fn run(&self, phase: usize, comms: &GroupComms, lane: &Lane, counts: &Counts, input: &Tensor) -> Result<Tensor> {
-        let Some(levels) = comms.levels() else { return Direct.run(phase, comms, lane, counts, input) };
+        match comms.levels() {
+            None => Direct.run(phase, comms, lane, counts, input),
+            Some(levels) => self.phase(phase, &Place::new(comms, levels, counts), lane, input, None),
+        }
+    }
+
+    fn run_into(
+        &self,
+        phase: usize,
+        comms: &GroupComms,
+        lane: &Lane,
+        counts: &Counts,
+        input: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
+        let Some(levels) = comms.levels() else { return Direct.run_into(phase, comms, lane, counts, input, out) };
         let p = Place::new(comms, levels, counts);
+        let t = self.phase(phase, &p, lane, input, Some(out))?;
+        p.arranger.place(lane, &t, out)
+    }
+}
+
+impl Hierarchical2d {
+    /// A phase, whose result is in `out` if there is one and it is received from others.
+    fn phase(&self, phase: usize, p: &Place<'_>, lane: &Lane, input: &Tensor, out: Option<&Tensor>) -> Result<Tensor> {
         let (me, here, mine) = ([(p.node, p.local)], p.of_node(p.node), p.in_place(p.local));
         if phase == 0 {
             // To the rank here in the destination's place; what comes lies by source here, then by destination node.
@@ -159,13 +205,13 @@ impl AllToAll for Hierarchical2d {
             let rows = p.arrange(lane, input, &pairs(&me, &p.all()), &want)?;
             let send: Vec<usize> = (0..p.per_node).map(|k| p.sum(&me, &p.in_place(k))).collect();
             let recv: Vec<usize> = here.iter().map(|&from| p.sum(&[from], &mine)).collect();
-            return exchange(&*p.levels.intra, lane, &rows, &send, &recv);
+            return exchange(&*p.levels.intra, lane, &rows, &send, &recv, out);
         }
         // The layout transform, then to the destination's node; what comes lies by source.
         let want: Vec<Pair> = mine.iter().flat_map(|&to| pairs(&here, &[to])).collect();
         let rows = p.arrange(lane, input, &pairs(&here, &mine), &want)?;
         let send: Vec<usize> = mine.iter().map(|&to| p.sum(&here, &[to])).collect();
         let recv: Vec<usize> = (0..p.nodes).map(|a| p.sum(&p.of_node(a), &me)).collect();
-        exchange(&*p.levels.inter, lane, &rows, &send, &recv)
+        exchange(&*p.levels.inter, lane, &rows, &send, &recv, out)
     }
 }

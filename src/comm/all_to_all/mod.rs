@@ -10,9 +10,10 @@ use super::{Communicator, NodeShape};
 use crate::device::{Lane, LaneKind};
 use crate::error::{Result, config_err, shape_err};
 use crate::named::named;
-use crate::tensor::Tensor;
+use crate::tensor::{Shape, Tensor};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// An all-to-all of rows, in phases.
@@ -32,6 +33,24 @@ pub trait AllToAll: Send + Sync {
     /// # Errors
     /// If the input is not what the counts say, or a rank fails or never comes.
     fn run(&self, phase: usize, comms: &GroupComms, lane: &Lane, counts: &Counts, input: &Tensor) -> Result<Tensor>;
+
+    /// [`AllToAll::run`] with its result in `out`, contiguous and of as many rows. An algorithm that does not say how has
+    /// it copied there.
+    ///
+    /// # Errors
+    /// As [`AllToAll::run`], and if `out` has another shape than the result.
+    fn run_into(
+        &self,
+        phase: usize,
+        comms: &GroupComms,
+        lane: &Lane,
+        counts: &Counts,
+        input: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
+        let t = self.run(phase, comms, lane, counts, input)?;
+        comms.arranger().place(lane, &t, out)
+    }
 }
 
 /// The all-to-alls of this crate.
@@ -220,12 +239,20 @@ const MOST_ORDERS: usize = 1024;
 
 /// Puts rows in another order. Orders come again step after step: on a GPU they are kept there.
 #[derive(Default)]
-pub struct Arranger(Mutex<HashMap<Runs, Tensor>>);
+pub struct Arranger {
+    orders: Mutex<HashMap<Runs, Tensor>>,
+    moved: AtomicU64,
+}
 
 /// Runs of rows, one after another, and the lane they are for.
 type Runs = (LaneKind, Vec<Range<usize>>);
 
 impl Arranger {
+    /// How many rows it has read and written so far.
+    pub fn rows_moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
     /// The rows of `t` (R, M) in the order of `ranges`: `t` itself where that is the order they have.
     ///
     /// # Errors
@@ -242,6 +269,7 @@ impl Arranger {
         if runs.len() <= 1 && total == t.dim(0) {
             return Ok(t.clone());
         }
+        self.moved.fetch_add(total as u64, Ordering::Relaxed);
         let out = lane.empty([total, t.dim(1)], t.dtype())?;
         if runs.len() > FEW_RUNS && t.dtype().is_float() {
             lane.gather_rows(t, &self.index(lane, runs)?, &out)?;
@@ -255,11 +283,26 @@ impl Arranger {
         Ok(out)
     }
 
+    /// Copies the rows of `t` to `out`, where they are not there already.
+    ///
+    /// # Errors
+    /// If `out` is of another shape, or the device fails.
+    pub fn place(&self, lane: &Lane, t: &Tensor, out: &Tensor) -> Result<()> {
+        if t.shape() != out.shape() {
+            shape_err!("rows of shape {} in the place of rows of shape {}: both are as many", t.shape(), out.shape());
+        }
+        if t.dim(0) == 0 || t.ptr() == out.ptr() {
+            return Ok(());
+        }
+        self.moved.fetch_add(t.dim(0) as u64, Ordering::Relaxed);
+        lane.copy(t, out)
+    }
+
     /// The rows of these runs, one after another: (R) i32.
     fn index(&self, lane: &Lane, runs: Vec<Range<usize>>) -> Result<Tensor> {
         // Of this lane alone: what another has uploaded may not be there yet.
         let key = (lane.kind(), runs);
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(index) = known.get(&key) {
             return Ok(index.clone());
         }
@@ -283,15 +326,33 @@ pub fn arrange(lane: &Lane, t: &Tensor, ranges: &[Range<usize>]) -> Result<Tenso
     Arranger::default().arrange(lane, t, ranges)
 }
 
-/// One all-to-all of `comm`: `rows` (R, M) in blocks of `send` rows, one per rank; returns blocks of `recv` rows.
-fn exchange(comm: &dyn Communicator, lane: &Lane, rows: &Tensor, send: &[usize], recv: &[usize]) -> Result<Tensor> {
+/// One all-to-all of `comm`: `rows` (R, M) in blocks of `send` rows, one per rank; returns blocks of `recv` rows, in `out`
+/// if there is one.
+fn exchange(
+    comm: &dyn Communicator,
+    lane: &Lane,
+    rows: &Tensor,
+    send: &[usize],
+    recv: &[usize],
+    out: Option<&Tensor>,
+) -> Result<Tensor> {
     let sent: usize = send.iter().sum();
     if rows.rank() != 2 || rows.dim(0) != sent {
         let e = format!("all-to-all: rows of shape {}, and {sent} rows to send: both are as many", rows.shape());
         comm.abort(&e);
         shape_err!("{e}");
     }
-    let out = lane.empty([recv.iter().sum(), rows.dim(1)], rows.dtype())?;
+    let shape = [recv.iter().sum(), rows.dim(1)];
+    let out = match out {
+        Some(out) if out.shape().dims() != shape || out.dtype() != rows.dtype() || !out.is_contiguous() => {
+            let (received, dtype) = (Shape::new(&shape), rows.dtype());
+            let e = format!("all-to-all: {dtype} {received} into {} {}: both are the same", out.dtype(), out.shape());
+            comm.abort(&e);
+            shape_err!("{e}");
+        }
+        Some(out) => out.clone(),
+        None => lane.empty(shape, rows.dtype())?,
+    };
     let equal = |counts: &[usize]| counts.iter().all(|&n| n == send[0]);
     if equal(send) && equal(recv) {
         comm.all_to_all(lane, rows, &out)?;

@@ -24,6 +24,23 @@ fn wide(t: &Tensor) -> Vec<f64> {
     lane(LaneKind::Compute).cast(t, DType::F64).unwrap().to_vec().unwrap()
 }
 
+/// An algorithm of which only the required methods are there.
+struct Unsaid(Box<dyn AllToAll>);
+
+impl AllToAll for Unsaid {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn phases(&self, comms: &GroupComms) -> Vec<LaneKind> {
+        self.0.phases(comms)
+    }
+
+    fn run(&self, phase: usize, comms: &GroupComms, lane: &Lane, counts: &Counts, input: &Tensor) -> Result<Tensor> {
+        self.0.run(phase, comms, lane, counts, input)
+    }
+}
+
 #[test]
 fn names_are_read_back() {
     for &kind in AllToAllKind::ALL {
@@ -72,6 +89,18 @@ proptest! {
                 let got = all_phases(&*algorithm, &group, lane, &counts, &mine)?;
                 assert_eq!(got.shape().dims(), [want.len() / width, width], "{kind}");
                 assert!(wide(&got) == want, "{kind}: other rows");
+                // Into the middle of something larger, and by an algorithm that does not say how.
+                for algorithm in [kind.build(), Box::new(Unsaid(kind.build()))] {
+                    let (around, rows) = (rows(99, want.len() / width + 4, width, dtype), want.len() / width);
+                    let outside = |t: &Tensor| [wide(t)[..3 * width].to_vec(), wide(t)[3 * width + want.len()..].to_vec()];
+                    let (before, out) = (outside(&around), around.narrow(0, 3, rows)?);
+                    let mut t = mine.clone();
+                    for phase in 0..phases - 1 {
+                        t = algorithm.run(phase, &group, &lane(LaneKind::Compute), &counts, &t)?;
+                    }
+                    algorithm.run_into(phases - 1, &group, &lane(LaneKind::Compute), &counts, &t, &out)?;
+                    assert!(wide(&out) == want && outside(&around) == before, "{kind}: other rows in their place");
+                }
             }
             Ok(())
         }).unwrap();
@@ -115,6 +144,13 @@ fn wrong_rows_and_shapes_are_errors_on_all_ranks() {
     });
     let message = result.unwrap_err().to_string();
     assert!(message.contains("rows of shape (3, 1), and 2 rows to send"), "{message}");
+    let result = local::run(2, TIMEOUT, |comm| {
+        let group = GroupComms::new(comm, LaneKind::IntraNode, None)?;
+        let (mine, out) = (rows(0, 2, 1, DType::F32), rows(0, 2 + group.group().rank(), 1, DType::F32));
+        Direct.run_into(0, &group, &lane(LaneKind::IntraNode), &Counts::even(2, 1), &mine, &out)
+    });
+    let message = result.unwrap_err().to_string();
+    assert!(message.contains("f32 (2, 1) into f32 (3, 1)"), "{message}");
     let world = local::world(2, TIMEOUT).unwrap().remove(0);
     let shape = NodeShape { nodes: 3, per_node: 2 };
     let message = GroupComms::new(world, LaneKind::InterNode, Some(shape)).err().unwrap().to_string();

@@ -8,6 +8,16 @@ use crate::rng::Counter;
 use crate::tensor::{DType, Element, Layout, Place, Shape, Tensor};
 use rayon::prelude::*;
 
+/// Tensors of so many bytes are refused where the system has fewer: it would give the addresses, and later end the process.
+const ASKED_FROM: usize = 256 << 20;
+
+/// Bytes that the system says a process can still have; none where it does not say.
+pub fn available_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 impl CommKernels for Cpu {}
 
 impl MemoryKernels for Cpu {
@@ -16,6 +26,19 @@ impl MemoryKernels for Cpu {
     }
 
     fn alloc(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
+        let bytes = shape.bytes(dtype)?;
+        // Asked only where it may matter: the system is slow to say.
+        if bytes >= ASKED_FROM
+            && let Some(free) = available_memory()
+            && bytes as u64 > free
+        {
+            let gib = |n: u64| n as f64 / f64::from(1 << 30);
+            shape_err!(
+                "a tensor of shape {shape} in {dtype}: {:.1} GiB, and {:.1} GiB are available",
+                gib(bytes as u64),
+                gib(free)
+            );
+        }
         Ok(Tensor::host(shape, dtype))
     }
 

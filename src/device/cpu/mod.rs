@@ -13,6 +13,8 @@ mod optim;
 mod order;
 mod util;
 
+pub use memory::available_memory;
+
 /// The host's processor. Operations run before their call returns, on rayon's global pool.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cpu;

@@ -1,7 +1,7 @@
 //! One lane of a GPU: a stream, its memory, its cuBLAS handle. Every family of [`Kernels`](crate::device::Kernels) is
 //! implemented on it in a file of its own.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, result};
 
@@ -32,6 +32,8 @@ struct Inner {
     blas: Blas,
     events: Arc<Events>,
     share: Share,
+    /// Lanes that this one spreads independent work over, made when first asked for.
+    sides: OnceLock<Vec<Cuda>>,
 }
 
 /// How a lane shares its GPU with others.
@@ -95,7 +97,7 @@ impl Cuda {
         let (context, stream, pool) = (self.0.context.clone(), self.0.stream.clone(), self.pool());
         let blas = Blas::new(&stream, &pool, self.0.share.multiprocessors)?;
         let (pool, events, share) = (Mutex::new(pool), self.0.events.clone(), self.0.share);
-        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas, events, share })))
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas, events, share, sides: OnceLock::new() })))
     }
 
     fn on(context: Arc<CudaContext>, modules: Arc<Modules>, share: Share) -> Result<Self> {
@@ -111,7 +113,7 @@ impl Cuda {
         let pool = Pool::new(context.clone());
         let blas = Blas::new(&stream, &pool, share.multiprocessors)?;
         let (pool, events) = (Mutex::new(pool), Arc::default());
-        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas, events, share })))
+        Ok(Cuda(Arc::new(Inner { context, modules, stream, pool, blas, events, share, sides: OnceLock::new() })))
     }
 
     /// The GPU's number.
@@ -152,6 +154,16 @@ impl Cuda {
     #[must_use]
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.0.stream
+    }
+
+    /// `n` further lanes of this one's own; as many at every call.
+    pub(super) fn sides(&self, n: usize) -> Result<&[Cuda]> {
+        if self.0.sides.get().is_none() {
+            let made = (0..n).map(|_| self.fork()).collect::<Result<Vec<_>>>()?;
+            // Of two threads that make them at once one's are dropped again.
+            let _ = self.0.sides.set(made);
+        }
+        Ok(self.0.sides.get().map_or(&[], Vec::as_slice))
     }
 
     pub(super) fn events(&self) -> &Arc<Events> {
@@ -199,7 +211,7 @@ impl Cuda {
 
     /// A new row-major tensor of unspecified content.
     pub(super) fn allocate(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
-        let storage = self.pool().alloc(shape.elements() * dtype.size())?;
+        let storage = self.pool().alloc(shape.bytes(dtype)?)?;
         Tensor::new(storage, Layout::contiguous(shape), dtype)
     }
 

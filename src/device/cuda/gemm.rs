@@ -158,6 +158,78 @@ fn run(cuda: &Cuda, plan: &Plan, alpha: f64, a: &Tensor, b: &Tensor, beta: f64, 
     Ok(())
 }
 
+/// `c = a·b + beta·c` for every [a, b, c], matrices of one dtype whose sizes may differ, in one call of cuBLAS.
+pub(super) fn grouped(cuda: &Cuda, items: &[[Tensor; 3]], beta: f64) -> Result<()> {
+    let plans: Option<Vec<[Form; 3]>> = items
+        .iter()
+        .map(|item| match [Form::of(&item[0])?, Form::of(&item[1])?, Form::of(&item[2])?] {
+            forms if !forms[2].turned && item[0].dim(1) > 0 => Some(forms),
+            _ => None,
+        })
+        .collect();
+    // Of no rows the product is zero, which the single call knows.
+    let Some(plans) = plans else { return items.iter().try_for_each(|[a, b, c]| cuda.gemm(1.0, a, b, beta, c)) };
+    let Some([a, b, c]) = items.first() else { return Ok(()) };
+    let types = [data_type(a), data_type(b), data_type(c)];
+    for [a, b, c] in items {
+        cuda.on_device("gemm", &[a, b, c])?;
+        check::gemm(a, b, c)?;
+        cuda.suffix("gemm", a)?;
+    }
+    let say = || format!("gemm of {} experts, the first {a:?} by {b:?} into {c:?}", items.len());
+    let int = |n: usize| -> Result<i32> {
+        match i32::try_from(n) {
+            Ok(n) => Ok(n),
+            Err(_) => shape_err!("{}: {n} is more than the 2³¹ − 1 that cuBLAS counts to", say()),
+        }
+    };
+    let ints = |of: &dyn Fn(usize) -> usize| (0..items.len()).map(|i| int(of(i))).collect::<Result<Vec<i32>>>();
+    let operations = |n: usize| plans.iter().map(|p| p[n].operation()).collect::<Vec<_>>();
+    // The pointers of b, of a and of c, on the device, two i32 each.
+    let pointers: Vec<i32> = [1, 0, 2]
+        .iter()
+        .flat_map(|&n| items.iter().map(move |item| item[n].ptr() as u64))
+        .flat_map(|at| [at as u32 as i32, (at >> 32) as u32 as i32])
+        .collect();
+    let on_device = cuda.allocate([pointers.len()].into(), DType::I32)?;
+    cuda.copy_from_host(&Tensor::from_slice(&pointers, [pointers.len()])?, &on_device)?;
+    let list = |n: usize| on_device.ptr().wrapping_add(n * items.len() * 8);
+    let (one, beta) = (vec![1.0_f32; items.len()], vec![beta as f32; items.len()]);
+    let (op_b, op_a) = (operations(1), operations(0));
+    let (n, m, k) = (ints(&|i| items[i][1].dim(1))?, ints(&|i| items[i][0].dim(0))?, ints(&|i| items[i][0].dim(1))?);
+    let [lead_a, lead_b, lead_c] = [0, 1, 2].map(|at| ints(&|i| plans[i][at].ld));
+    let (lead_a, lead_b, lead_c) = (lead_a?, lead_b?, lead_c?);
+    let each = vec![1_i32; items.len()];
+    cuda.bind()?;
+    // SAFETY: as in `product`, for every matrix; the lists on the host have an entry for each group, of one matrix, and are
+    // read before the call returns; those on the device are memory of this lane's.
+    let done = unsafe {
+        sys::cublasGemmGroupedBatchedEx(
+            cuda.blas().handle(),
+            op_b.as_ptr(),
+            op_a.as_ptr(),
+            n.as_ptr(),
+            m.as_ptr(),
+            k.as_ptr(),
+            one.as_ptr().cast(),
+            list(0).cast_const().cast(),
+            types[1],
+            lead_b.as_ptr(),
+            list(1).cast_const().cast(),
+            types[0],
+            lead_a.as_ptr(),
+            beta.as_ptr().cast(),
+            list(2).cast(),
+            types[2],
+            lead_c.as_ptr(),
+            int(items.len())?,
+            each.as_ptr(),
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        )
+    };
+    done.result().map_err(|error| -> Error { failed(say())(error) })
+}
+
 fn data_type(t: &Tensor) -> sys::cudaDataType {
     match t.dtype() {
         DType::BF16 => sys::cudaDataType::CUDA_R_16BF,

@@ -40,16 +40,18 @@ impl GroupedKernels for Cuda {
     }
 
     fn grouped_linear(&self, segments: Segments<'_>, x: &Tensor, w: &Tensor, y: &Tensor) -> Result<()> {
-        match self.row_blocks(segments, x) {
-            Some(blocks) => self.hopper_linear(blocks, x, w, y),
-            None => compose::linear(self, segments, x, w, y),
+        match (self.row_blocks(segments, x), segments) {
+            (Some(blocks), _) => self.hopper_linear(blocks, x, w, y),
+            (None, Segments::Host(offsets)) => self.ragged_linear(offsets, x, w, y),
+            (None, _) => compose::linear(self, segments, x, w, y),
         }
     }
 
     fn grouped_linear_data(&self, segments: Segments<'_>, pairs: &[(&Tensor, &Tensor)], dx: &Tensor) -> Result<()> {
-        match self.row_blocks(segments, dx) {
-            Some(blocks) => self.hopper_data(blocks, pairs, dx),
-            None => compose::linear_data(self, segments, pairs, dx),
+        match (self.row_blocks(segments, dx), segments) {
+            (Some(blocks), _) => self.hopper_data(blocks, pairs, dx),
+            (None, Segments::Host(offsets)) => self.ragged_data(offsets, pairs, dx),
+            (None, _) => compose::linear_data(self, segments, pairs, dx),
         }
     }
 
@@ -59,6 +61,9 @@ impl GroupedKernels for Cuda {
         pairs: &[(&Tensor, &Tensor, f64)],
         x: &Tensor,
     ) -> Result<()> {
+        if let Segments::Host(offsets) = segments {
+            return self.ragged_weight(offsets, pairs, x);
+        }
         let Some(blocks) = self.row_blocks(segments, x).filter(|_| pairs.iter().all(|p| p.2 == 0.0 || p.2 == 1.0))
         else {
             return compose::linear_weight(self, segments, pairs, x);

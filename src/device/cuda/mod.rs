@@ -30,6 +30,7 @@ mod optim;
 mod order;
 mod pool;
 pub mod probe;
+mod ragged;
 mod range;
 mod selftest;
 mod sort;
@@ -43,6 +44,7 @@ pub use graph::Graph;
 pub use hopper::{Blocks, ROW_TILE, RowScale};
 pub use modules::{Function, Launch, Modules, fat_binary, kernels_embedded};
 pub use pool::Usage;
+pub use ragged::{RaggedProduct, RaggedWay};
 pub use range::{Range, Recording, range};
 pub use selftest::selftest;
 

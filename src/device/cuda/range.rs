@@ -1,5 +1,6 @@
 //! For profilers: named ranges (NVTX), which Nsight Systems shows above the kernels, and the part of a run to record.
 
+use std::fmt::Display;
 use std::sync::OnceLock;
 
 use cudarc::driver::Profiler;
@@ -13,13 +14,14 @@ use crate::error::Result;
 #[derive(Debug)]
 pub struct Range(#[expect(dead_code, reason = "kept for its end")] Option<nvtx::Range>);
 
-/// Begins a range called `name`. Without NVTX's library, `libnvToolsExt.so`, this does nothing.
-pub fn range(name: &str) -> Range {
+/// Begins a range called `name` on this thread: of what is issued until it goes. Without NVTX's library, `libnvToolsExt.so`,
+/// which Nsight Systems and CUDA up to 12 bring, this does nothing.
+pub fn range(name: impl Display) -> Range {
     static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: this runs the initialisers of a library made to be loaded at any time.
     let present = *PRESENT.get_or_init(|| unsafe { nvtx::sys::is_culib_present() });
     // A name that ends early is no reason to stop.
-    Range(present.then(|| nvtx::scoped_range(name.split('\0').next().unwrap_or_default())))
+    Range(present.then(|| nvtx::scoped_range(name.to_string().split('\0').next().unwrap_or_default())))
 }
 
 /// A part of a run that a profiler records; it ends when this goes.

@@ -259,7 +259,7 @@ pub(in crate::device) mod compose {
     }
 
     /// Fails unless the rows (R, K) and (R, N) go with weights (E, N, K).
-    fn check(op: &str, segments: Segments<'_>, [x, y]: &[&Tensor; 2], w: &Tensor) -> Result<()> {
+    pub(in crate::device) fn check(op: &str, segments: Segments<'_>, [x, y]: &[&Tensor; 2], w: &Tensor) -> Result<()> {
         let rows = match segments {
             Segments::Even { experts, each } => Some(experts * each),
             Segments::Host(offsets) => offsets.last().copied(),

@@ -135,24 +135,38 @@ impl Cut {
 
     /// As they come out of it: [source][expert][piece].
     pub(super) fn received(&self, pieces: Range<usize>) -> Vec<Segment> {
+        self.received_by(pieces, self.me.1)
+    }
+
+    fn received_by(&self, pieces: Range<usize>, esp: usize) -> Vec<Segment> {
         let mut all = Vec::new();
         for ep in 0..self.groups.0 {
             for expert in self.experts(self.me.0) {
-                let source = self.source(ep, self.me.1);
+                let source = self.source(ep, esp);
                 all.extend(pieces.clone().map(|piece| Segment { source, expert, piece }));
             }
         }
         all
     }
 
-    /// As member `esp` of the ESP group gives them to the others: [piece][expert][source].
-    pub(super) fn arrived(&self, pieces: Range<usize>, esp: usize) -> Vec<Segment> {
-        self.piecewise(pieces, esp..esp + 1)
+    /// Of the same rows, piece by piece: [piece][expert][source].
+    pub(super) fn arrived(&self, pieces: Range<usize>) -> Vec<Segment> {
+        self.piecewise(pieces, self.me.1..self.me.1 + 1)
     }
 
-    /// As the others have them then: [member][piece][expert][source].
-    pub(super) fn gathered(&self, pieces: Range<usize>) -> Vec<Segment> {
-        (0..self.groups.1).flat_map(|esp| self.arrived(pieces.clone(), esp)).collect()
+    /// As the ESP group has what its members received, one member after another, each member's rows as they came out of
+    /// the all-to-all or `piecewise`.
+    pub(super) fn gathered(&self, pieces: Range<usize>, piecewise: bool) -> Vec<Segment> {
+        let of = |esp| match piecewise {
+            true => self.piecewise(pieces.clone(), esp..esp + 1),
+            false => self.received_by(pieces.clone(), esp),
+        };
+        (0..self.groups.1).flat_map(of).collect()
+    }
+
+    /// How many of these rows are each member's.
+    pub(super) fn members(&self, pieces: Range<usize>) -> Vec<usize> {
+        (0..self.groups.1).map(|esp| self.total(&self.received_by(pieces.clone(), esp))).collect()
     }
 
     /// As the experts take them: [piece][expert][source].
@@ -282,8 +296,14 @@ mod tests {
             let pieces = 3..11;
             let sorted = |mut layout: Vec<Segment>| { layout.sort_unstable(); layout };
             let received = sorted(cut.received(pieces.clone()));
-            prop_assert_eq!(&received, &sorted(cut.arrived(pieces.clone(), me.1)));
-            prop_assert_eq!(sorted(cut.gathered(pieces.clone())), sorted(cut.computed(pieces.clone())));
+            prop_assert_eq!(&received, &sorted(cut.arrived(pieces.clone())));
+            for piecewise in [false, true] {
+                let gathered = cut.gathered(pieces.clone(), piecewise);
+                let own = if piecewise { cut.arrived(pieces.clone()) } else { cut.received(pieces.clone()) };
+                prop_assert!(gathered.chunks(own.len()).nth(me.1).is_some_and(|mine| mine == own));
+                prop_assert_eq!(cut.members(pieces.clone())[me.1], cut.total(&own));
+                prop_assert_eq!(sorted(gathered), sorted(cut.computed(pieces.clone())));
+            }
             let counts = cut.counts(pieces.clone(), false).unwrap();
             let back = cut.counts(pieces.clone(), true).unwrap();
             let sum = |f: &dyn Fn(usize) -> usize| (0..ep).map(f).sum::<usize>();

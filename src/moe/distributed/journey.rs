@@ -1,4 +1,19 @@
 //! The way of a layer's rows: to the experts, through them and back, in chunks, as a graph says.
+//!
+//! Collectives and products want rows in different orders. What is read and written for that alone in a pass, in multiples
+//! of the R rows that a rank sends, with one piece per chunk ([`Arranger::rows_moved`] counts it):
+//!
+//! | | times | where |
+//! |---|---|---|
+//! | a chunk, out of [expert][piece] | 1 | r > 1 |
+//! | [source][expert] to [expert][source], after the dispatch and before the combine | 2 | N_EP > 1, several experts to a rank; among ESP ranks only with a hook there |
+//! | what the ESP group has to [expert][source], and back | 2·N_ESP | N_ESP > 1 |
+//! | the node's part of an all-to-all of two levels, there and back | 4 | 2DH |
+//! | a chunk, to where it ends | 1 | r > 1, N_EP = N_ESP = 1; all-to-alls without a [`run_into`](crate::comm::AllToAll::run_into) |
+//! | chunks, into [expert][piece] | 1 | r > 1 |
+//!
+//! The collectives write what comes back where it ends. Several pieces to a chunk are put together again after the experts,
+//! and after a hook: once more for each.
 
 use super::cut::{Cut, Segment};
 use super::gradients::GradientBuffers;
@@ -22,6 +37,8 @@ pub(super) trait Steps: Sync {
     fn finish(&self, lane: &Lane, piece: usize) -> Result<()>;
     /// Before it travels back.
     fn leave(&self, lane: &Lane, piece: usize, rows: Tensor) -> Result<Tensor>;
+    /// Whether anything happens when it comes, and before it leaves.
+    fn happens(&self) -> [bool; 2];
 }
 
 /// One pass through a layer.
@@ -32,8 +49,8 @@ pub(super) struct Journey<'a> {
     gradients: Option<&'a GradientBuffers>,
     /// (R, M): where it begins, as the order laid the rows out.
     rows: &'a Tensor,
-    /// (R, M): where it ends, chunk after chunk.
-    back: Tensor,
+    /// (R, M): where it ends, chunk after chunk; none where its only chunk never leaves the rank: that is where it ends.
+    back: Option<Tensor>,
     /// Where each chunk has got to.
     chunks: Vec<Mutex<Option<Tensor>>>,
     /// What one lane has left for another, until both are done with it: when the graph has been joined.
@@ -61,16 +78,19 @@ pub(super) fn journey(
         Some(r) if (1..=cut.most_chunks()).contains(&r) => r,
         r => config_err!("a graph of {} chunks for rows in {} parts: 1 to as many", r.unwrap_or(0), cut.most_chunks()),
     };
-    let back = lane.empty_like(rows)?;
+    let topology = parallel.groups().topology();
+    let stays = [GroupKind::Expert, GroupKind::Shard].into_iter().all(|kind| topology.size(kind) == 1);
+    let back = if r == 1 && stays { None } else { Some(lane.empty_like(rows)?) };
     let chunks = (0..r).map(|_| Mutex::default()).collect();
     let way = Journey { parallel, cut, steps, gradients, rows, back, chunks, kept: Mutex::default() };
     let timeline = parallel.run(graph, |id, op| way.task(parallel.lane(graph.lane(id)), op))?;
     ended()?;
+    let Some(back) = &way.back else { return Ok((way.take(0)?, timeline)) };
     let mut have: Vec<Segment> = Vec::new();
     for chunk in 0..r {
         have.extend(cut.sent(cut.chunk(chunk, r)?));
     }
-    Ok((cut.arrange(way.arranger(), lane, &way.back, &have, &cut.ordered())?, timeline))
+    Ok((cut.arrange(way.arranger(), lane, back, &have, &cut.ordered())?, timeline))
 }
 
 impl Journey<'_> {
@@ -107,17 +127,24 @@ impl Journey<'_> {
                     self.steps.compute(lane, piece, t)
                 })?;
                 let t = if sharded { t } else { self.leave(lane, &pieces, t)? };
-                if sharded || travels { self.put(chunk, t) } else { self.end(lane, &pieces, &t) }
+                if sharded || travels { self.put(chunk, t) } else { self.end(lane, chunk, &pieces, t) }
             }
             Stage::WeightGrad => pieces.into_iter().try_for_each(|piece| self.steps.finish(lane, piece)),
             Stage::ReduceScatter => {
-                let t = self.scatter(lane, &pieces, self.take(chunk)?)?;
+                let t = self.take(chunk)?;
+                let mine = if travels || self.stops()[1] { None } else { self.place(&pieces)? };
+                let t = self.scatter(lane, &pieces, t, mine)?;
                 let t = self.leave(lane, &pieces, t)?;
-                if travels { self.put(chunk, t) } else { self.end(lane, &pieces, &t) }
+                if travels { self.put(chunk, t) } else { self.end(lane, chunk, &pieces, t) }
             }
             Stage::Combine(phase) => {
-                let t = self.exchange(lane, usize::from(phase), &pieces, true, self.take(chunk)?)?;
-                if usize::from(phase) + 1 == phases { self.end(lane, &pieces, &t) } else { self.put(chunk, t) }
+                let (phase, t) = (usize::from(phase), self.take(chunk)?);
+                let place = if phase + 1 == phases { self.place(&pieces)? } else { None };
+                let Some(place) = place else {
+                    return self.put(chunk, self.exchange(lane, phase, &pieces, true, t)?);
+                };
+                let (counts, group) = (self.cut.counts(pieces.clone(), true)?, self.parallel.groups().expert());
+                self.parallel.all_to_all().run_into(phase, group, lane, &counts, &t, &place)
             }
         }
     }
@@ -159,24 +186,31 @@ impl Journey<'_> {
         }
     }
 
+    /// Whether rows lie piece by piece where an ESP group has them, on the way there and on the way back. Where nothing
+    /// happens to a piece there, they lie as the all-to-all has them, and are only then put in order.
+    fn stops(&self) -> [bool; 2] {
+        let sharded = self.parallel.groups().topology().size(GroupKind::Shard) > 1;
+        self.steps.happens().map(|happens| happens || !sharded)
+    }
+
     /// From the order in which rows are received to that in which they are computed.
     fn arrive(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let layout = self.layout(pieces);
+        if !self.stops()[0] {
+            return Ok(t);
+        }
+        let layout = self.cut.arrived(pieces.clone());
         let t = self.cut.arrange(self.arranger(), lane, &t, &self.cut.received(pieces.clone()), &layout)?;
         self.piecewise(pieces, layout, &t, lane, |piece, t| self.steps.arrive(lane, piece, t))
     }
 
     /// And back.
     fn leave(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let layout = self.layout(pieces);
+        if !self.stops()[1] {
+            return Ok(t);
+        }
+        let layout = self.cut.arrived(pieces.clone());
         let t = self.piecewise(pieces, layout.clone(), &t, lane, |piece, t| self.steps.leave(lane, piece, t))?;
         self.cut.arrange(self.arranger(), lane, &t, &layout, &self.cut.received(pieces.clone()))
-    }
-
-    /// How this rank's own rows lie at the rank of their experts.
-    fn layout(&self, pieces: &Range<usize>) -> Vec<Segment> {
-        let rank = self.parallel.groups().rank();
-        self.cut.arrived(pieces.clone(), self.parallel.groups().topology().position(GroupKind::Shard, rank))
     }
 
     /// `f` on every piece of rows that lie piece by piece: `t` itself where `f` gives back what it is given.
@@ -213,53 +247,63 @@ impl Journey<'_> {
         }
         let out = lane.empty_like(t)?;
         for (at, part) in parts {
-            lane.copy(&part, &out.narrow(0, at, part.dim(0))?)?;
+            self.arranger().place(lane, &part, &out.narrow(0, at, part.dim(0))?)?;
         }
         Ok(out)
     }
 
     /// The rows of every member of the ESP group, as the experts take them.
     fn gather(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let (group, layout) = (self.parallel.groups().get(GroupKind::Shard), self.cut.gathered(pieces.clone()));
+        let group = self.parallel.groups().get(GroupKind::Shard);
+        let layout = self.cut.gathered(pieces.clone(), self.stops()[0]);
         let all = lane.empty([self.cut.total(&layout), t.dim(1)], t.dtype())?;
         if self.cut.is_even() {
             group.all_gather(lane, &t, &all)?;
         } else {
-            group.all_gather_ragged(lane, &t, &self.by_member(group.size(), pieces, &all)?)?;
+            group.all_gather_ragged(lane, &t, &self.by_member(pieces, &all)?)?;
         }
         self.cut.arrange(self.arranger(), lane, &all, &layout, &self.cut.computed(pieces.clone()))
     }
 
-    /// The sum of all members' parts of the results, each member getting those of its own rows.
-    fn scatter(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor) -> Result<Tensor> {
-        let (group, layout) = (self.parallel.groups().get(GroupKind::Shard), self.cut.gathered(pieces.clone()));
+    /// The sum of all members' parts of the results, each member getting those of its own rows: in `mine`, if it is there.
+    fn scatter(&self, lane: &Lane, pieces: &Range<usize>, t: Tensor, mine: Option<Tensor>) -> Result<Tensor> {
+        let group = self.parallel.groups().get(GroupKind::Shard);
+        let layout = self.cut.gathered(pieces.clone(), self.stops()[1]);
         let all = self.cut.arrange(self.arranger(), lane, &t, &self.cut.computed(pieces.clone()), &layout)?;
-        let mine = lane.empty([self.cut.total(&self.layout(pieces)), t.dim(1)], t.dtype())?;
+        let mine = match mine {
+            Some(mine) => mine,
+            None => lane.empty([self.cut.members(pieces.clone())[group.rank()], t.dim(1)], t.dtype())?,
+        };
         if self.cut.is_even() {
             group.reduce_scatter(lane, &all, &mine)?;
         } else {
-            group.reduce_scatter_ragged(lane, &self.by_member(group.size(), pieces, &all)?, &mine)?;
+            group.reduce_scatter_ragged(lane, &self.by_member(pieces, &all)?, &mine)?;
         }
         Ok(mine)
     }
 
     /// Rows of all members of the ESP group, one after the other, cut into each member's.
-    fn by_member(&self, members: usize, pieces: &Range<usize>, all: &Tensor) -> Result<Vec<Tensor>> {
+    fn by_member(&self, pieces: &Range<usize>, all: &Tensor) -> Result<Vec<Tensor>> {
         let mut at = 0;
-        let part = |esp| {
-            let rows = self.cut.total(&self.cut.arrived(pieces.clone(), esp));
+        let part = |rows| {
             at += rows;
             all.narrow(0, at - rows, rows)
         };
-        (0..members).map(part).collect()
+        self.cut.members(pieces.clone()).into_iter().map(part).collect()
     }
 
-    /// A chunk's rows where they began.
-    fn end(&self, lane: &Lane, pieces: &Range<usize>, t: &Tensor) -> Result<()> {
-        let before = self.cut.total(&self.cut.sent(0..pieces.start));
-        match t.dim(0) {
-            0 => Ok(()),
-            rows => lane.copy(t, &self.back.narrow(0, before, rows)?),
+    /// Where a chunk's rows end, if that is not where they are.
+    fn place(&self, pieces: &Range<usize>) -> Result<Option<Tensor>> {
+        let Some(back) = &self.back else { return Ok(None) };
+        let rows = |pieces: Range<usize>| self.cut.total(&self.cut.sent(pieces));
+        back.narrow(0, rows(0..pieces.start), rows(pieces.clone())).map(Some)
+    }
+
+    /// A chunk's rows there.
+    fn end(&self, lane: &Lane, chunk: usize, pieces: &Range<usize>, t: Tensor) -> Result<()> {
+        match self.place(pieces)? {
+            Some(place) => self.arranger().place(lane, &t, &place),
+            None => self.put(chunk, lane.contiguous(&t)?),
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::GradientBuffers;
 use crate::comm::local::waited;
 use crate::comm::{AllToAll, Communicator, GroupKind, Groups, Topology};
-use crate::device::cuda::{Cuda, Share};
+use crate::device::cuda::{Cuda, Share, range};
 use crate::device::{Lane, LaneKind, Mark};
 use crate::engine::{
     Cancel, CpuLanes, LANES, LaneStreams, Pending, Span, TaskGraph, TaskId, Timeline, caught, issue, lane_name,
@@ -256,7 +256,11 @@ impl Parallel {
             }
             None => {
                 let timed = locked(&self.trace).is_some();
-                issue(&mut LaneStreams(&self.lanes), graph, timed, one).map(|issued| {
+                let named = |id, op: &LayerOp| {
+                    let _range = range(op);
+                    one(id, op)
+                };
+                issue(&mut LaneStreams(&self.lanes), graph, timed, named).map(|issued| {
                     let tasks = graph.ids().map(|id| (graph.op(id).to_string(), graph.lane(id)));
                     let events = tasks.zip(issued.events());
                     note(

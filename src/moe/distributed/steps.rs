@@ -63,6 +63,10 @@ impl Steps for Forward<'_> {
         of(self.pieces, piece).before_combine = saved;
         Ok(rows)
     }
+
+    fn happens(&self) -> [bool; 2] {
+        [self.hooks.after_dispatch.is_some(), self.hooks.before_combine.is_some()]
+    }
 }
 
 /// Gradients: of what left, when they arrive.
@@ -95,5 +99,9 @@ impl Steps for Backward<'_> {
 
     fn leave(&self, lane: &Lane, piece: usize, d: Tensor) -> Result<Tensor> {
         hook_backward(&self.hooks.after_dispatch, lane, &of(self.pieces, piece).after_dispatch, d)
+    }
+
+    fn happens(&self) -> [bool; 2] {
+        [self.hooks.before_combine.is_some(), self.hooks.after_dispatch.is_some()]
     }
 }

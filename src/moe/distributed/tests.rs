@@ -319,6 +319,51 @@ fn every_policy_runs_the_usual_layout() {
     }
 }
 
+/// In multiples of a rank's rows, forward and backward each, with one piece per chunk.
+#[test]
+fn rows_are_moved_no_more_often_than_the_way_needs() {
+    let sizes = |ranks, nodes, ep, esp| Sizes { ranks, nodes, dp: ranks, mp: 1, ep, esp };
+    let (direct, two) = (AllToAllKind::Direct, AllToAllKind::Hierarchical2d);
+    for (sizes, all_to_all, r, hooks, times) in [
+        (sizes(2, 1, 1, 1), direct, 1, false, 0),
+        // Out of the order's layout, to where the chunk ends, and back into the layout.
+        (sizes(2, 1, 1, 1), direct, 2, false, 3),
+        // After the dispatch and before the combine.
+        (sizes(2, 1, 2, 1), direct, 1, false, 2),
+        (sizes(2, 1, 2, 1), direct, 2, false, 4),
+        // After the all-gather and before the reduce-scatter, which bring twice as many.
+        (sizes(2, 1, 1, 2), direct, 1, false, 4),
+        (sizes(2, 1, 1, 2), direct, 2, false, 6),
+        (sizes(4, 1, 2, 2), direct, 1, false, 4),
+        (sizes(4, 1, 2, 2), direct, 2, false, 6),
+        (sizes(4, 1, 2, 2), direct, 1, true, 6),
+        // Twice for each all-to-all of two levels.
+        (sizes(4, 2, 4, 1), two, 1, false, 6),
+    ] {
+        let case = usual(GateKind::TopK, OrderKind::Tutel);
+        // One row to a routing group and expert: as many rows as chunks.
+        let config =
+            MoeConfig { experts: 8, top_k: 1, groups: r, capacity: Capacity::Factor(0.01), ..case.config.clone() };
+        let case = Case { sizes, config, all_to_all, tokens: 2 * r, hooks, ..case };
+        local::run(sizes.ranks, TIMEOUT, |world| {
+            let parallel = parallel(&case, world)?;
+            let layer = layer(&case, &parallel)?;
+            layer.set_plan(LayerPlan { degrees: [Degree::all_first(r); 2], ..LayerPlan::default() });
+            let moved = || parallel.groups().expert().arranger().rows_moved();
+            let tape = Tape::new(&Lane::cpu());
+            let mine =
+                |step| tokens(&case, parallel.groups().rank(), &random(step, [sizes.ranks * case.tokens, WIDTH]));
+            let out = layer.forward(&tape, &tape.leaf(mine(1)), step(&case, 0))?;
+            let (rows, forward) = (out.routing.padded_rows() as u64, moved());
+            assert_eq!(rows, 8 * r as u64);
+            tape.backward(&[(&out.y, mine(2))])?;
+            assert_eq!((forward, moved() - forward), (times * rows, times * rows), "{sizes:?}, r = {r}, {hooks}");
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
 #[test]
 fn timelines_are_of_the_graph_that_was_asked_for() {
     let case = usual(GateKind::TopK, OrderKind::Tutel);

@@ -1,16 +1,24 @@
 //! The ragged order: rows sorted by expert, no padding.
 
-use super::check_tokens;
 use super::index::Index;
+use super::{check_tokens, padded};
 use crate::device::Lane;
 use crate::error::Result;
 use crate::moe::{Assignment, Order, Routing, RowSplit, Rows, Saved, SparseOrder, saved};
 use crate::tensor::Tensor;
 
 /// Rows lie sorted by expert, then by group, with an offset per expert and no empty slots (MegaBlocks, Gale et al. 2023):
-/// the experts compute only what is kept. The loads are read to the host once per dispatch.
+/// the experts compute only what is kept. The loads are read to the host once per dispatch, unless [`is_even`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ragged;
+
+/// Whether every expert has rows for its whole capacity, in the padded layout. An expert that chooses fills them. On a GPU
+/// a capacity that can drop something gives them too: shapes that are known beforehand make one batch of the experts'
+/// products, and need no read of the loads, which would wait for the GPU and cannot be captured in a graph.
+fn is_even(lane: &Lane, routing: &Routing) -> bool {
+    let chosen = matches!(routing.assignment, Assignment::ExpertChoice { .. });
+    chosen || (lane.as_cuda().is_some() && routing.groups * routing.capacity < routing.tokens)
+}
 
 impl Order for Ragged {
     fn name(&self) -> &str {
@@ -23,12 +31,13 @@ impl Order for Ragged {
 
     fn dispatch(&self, lane: &Lane, routing: &Routing, x: &Tensor) -> Result<(Rows, Saved)> {
         check_tokens(self.name(), routing, x)?;
+        if is_even(lane, routing) {
+            let index = Index::padded(self.name(), lane, routing)?;
+            return Ok((Rows { data: index.dispatch(lane, x)?, split: padded(routing) }, Box::new(index)));
+        }
         let (groups, experts, capacity) = (routing.groups, routing.experts, routing.capacity);
-        let kept: Vec<usize> = match routing.assignment {
-            // An expert that chooses fills every slot.
-            Assignment::ExpertChoice { .. } => vec![capacity; groups * experts],
-            _ => lane.to_host(&routing.loads)?.to_vec::<i32>()?.iter().map(|&n| capacity.min(n as usize)).collect(),
-        };
+        let loads = lane.to_host(&routing.loads)?.to_vec::<i32>()?;
+        let kept: Vec<usize> = loads.iter().map(|&n| capacity.min(n as usize)).collect();
         // starts[e·G + g], then the number of rows.
         let mut starts = vec![0; groups * experts + 1];
         for e in 0..experts {

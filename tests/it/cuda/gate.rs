@@ -174,6 +174,8 @@ fn cuda_experts_choose_the_same_tokens() {
         // Beyond shared memory: the lists, then the keys too.
         (16_000, 2, 1, 10_000),
         (60_000, 1, 1, 16_000),
+        // As many tokens as experts choose of: T·k/E each, for k = 2.
+        (131_072, 8, 1, 32_768),
     ];
     for (tokens, e, groups, capacity) in cases {
         // Few values, so many ties at the threshold, or many; none at all, and all the same.
@@ -252,21 +254,7 @@ fn cuda_losses_and_entropy_apart_are_the_same() {
 #[ignore = "needs a CUDA device"]
 fn cuda_noise_scale_and_bias_are_the_same() {
     for (tokens, e) in [(1, 1), (33, 7), (64, 128), (0, 4)] {
-        let matrix = |seed, size: f64| acc([tokens, e], uniform(seed, tokens * e, -size, size));
-        let shape = || Out::Acc([tokens, e].into());
-        compare!(
-            &format!("noise on {tokens} x {e}"),
-            F32,
-            [matrix(24, 1.0), matrix(25, 20.0), matrix(26, 3.0)],
-            [shape(), Out::Add(matrix(24, 1.0)), shape(), shape(), shape()],
-            |gate, i, o| {
-                gate.add_gate_noise(&i[0], &i[1], &i[2], &o[0])?;
-                gate.add_gate_noise(&o[1], &i[1], &i[2], &o[1])?;
-                gate.add_gate_noise_backward(&i[1], &i[2], &i[0], &o[2])?;
-                gate.clamped_exp(&i[2], 2.0, &o[3])?;
-                gate.clamped_exp_backward(&o[3], 2.0, &i[0], &o[4])
-            }
-        );
+        noise(tokens, e);
     }
     for (groups, e) in [(1, 1), (3, 8), (2, 1500)] {
         let mut loads = whole(27, groups * e, 100);
@@ -280,6 +268,25 @@ fn cuda_noise_scale_and_bias_are_the_same() {
             |gate, i, o| gate.update_bias(&o[0], &i[0], 0.25)
         );
     }
+}
+
+/// Noise on logits (T, E), its scale, and their backwards.
+pub(super) fn noise(tokens: usize, e: usize) {
+    let matrix = |seed, size: f64| acc([tokens, e], uniform(seed, tokens * e, -size, size));
+    let shape = || Out::Acc([tokens, e].into());
+    compare!(
+        &format!("noise on {tokens} x {e}"),
+        F32,
+        [matrix(24, 1.0), matrix(25, 20.0), matrix(26, 3.0)],
+        [shape(), Out::Add(matrix(24, 1.0)), shape(), shape(), shape()],
+        |gate, i, o| {
+            gate.add_gate_noise(&i[0], &i[1], &i[2], &o[0])?;
+            gate.add_gate_noise(&o[1], &i[1], &i[2], &o[1])?;
+            gate.add_gate_noise_backward(&i[1], &i[2], &i[0], &o[2])?;
+            gate.clamped_exp(&i[2], 2.0, &o[3])?;
+            gate.clamped_exp_backward(&o[3], 2.0, &i[0], &o[4])
+        }
+    );
 }
 
 /// Logits whose scores, biased and summed by two, are apart from each other by more than rounding, or the same.

@@ -10,7 +10,7 @@ use fsmoe::moe::order::OrderKind;
 use fsmoe::moe::{Assignment, Capacity, MoeConfig, MoeLayer, MoeOutput, StepContext};
 use fsmoe::tensor::{DType, Tensor};
 
-use super::support::{assert_close, gpu};
+use super::support::{assert_close, bytes, gpu};
 use crate::support::uniform;
 
 const STEP: StepContext = StepContext { train: true, seed: 7, step: 3, first_token: 0 };
@@ -137,6 +137,55 @@ fn cuda_layers_that_drop_nothing() {
                 for dtype in [DType::F32, DType::BF16, DType::F16] {
                     compare(&format!("{order}, {expert}, E {experts}, dropless"), &config, tokens, dtype);
                 }
+            }
+        }
+    }
+}
+
+/// Three layers in a row: what a tape holds of them is where recomputation saves memory.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn cuda_recomputed_activations_save_memory_and_change_nothing() {
+    for order in [OrderKind::Tutel, OrderKind::Ragged] {
+        for expert in [ExpertKind::Gpt, ExpertKind::Mixtral] {
+            for dtype in [DType::BF16, DType::F16, DType::F32] {
+                let run = |recompute| {
+                    let cuda = gpu().fork().unwrap();
+                    let lane = Lane::new(Arc::new(cuda.clone()), LaneKind::Compute);
+                    let config = MoeConfig {
+                        experts: 8,
+                        hidden: 128,
+                        ffn: 512,
+                        capacity: Capacity::Factor(1.0),
+                        groups: 1,
+                        recompute,
+                        init_std: 0.1,
+                        ..config(GateKind::TopK, order, expert)
+                    };
+                    let layers: Vec<MoeLayer> =
+                        (0..3).map(|seed| MoeLayer::new(&Init::new(&lane, dtype, seed), &config).unwrap()).collect();
+                    let draw = |seed| {
+                        let values = Tensor::from_slice(&uniform(seed, 2048 * 128), [2048, 128]).unwrap();
+                        lane.to_device(&Lane::cpu().cast(&values, dtype).unwrap()).unwrap()
+                    };
+                    let (x, dy) = (draw(1), draw(2));
+                    cuda.reset_peak();
+                    let tape = Tape::new(&lane);
+                    let x = tape.leaf(x);
+                    let y = layers.iter().fold(x.clone(), |y, layer| layer.forward(&tape, &y, STEP).unwrap().y);
+                    let grads = tape.backward(&[(&y, dy)]).unwrap();
+                    let peak = cuda.memory().peak;
+                    let parameters = layers.iter().flat_map(MoeLayer::parameters).map(|p| p.grad().clone());
+                    let all = [y.value().clone(), grads.get(&x).unwrap().clone()].into_iter().chain(parameters);
+                    (all.map(|t| bytes(&lane.to_host(&t).unwrap())).collect::<Vec<_>>(), peak)
+                };
+                let ((kept, most), (again, least)) = (run(false), run(true));
+                let what = format!("{order}, {expert}, {dtype}");
+                assert!(kept == again, "{what}: recomputation changes bits");
+                // Of each layer but the one whose backward runs a matrix (T·k, H) at the least.
+                let saved = 2 * 2048 * 2 * 512 * dtype.size();
+                assert!(least + saved / 2 < most, "{what}: {least} bytes at most with recomputation, {most} without");
+                println!("{what}: {:.1} MiB, {:.1} recomputed", most as f64 / 1048576.0, least as f64 / 1048576.0);
             }
         }
     }

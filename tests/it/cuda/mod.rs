@@ -19,10 +19,12 @@ mod model;
 mod nccl;
 mod optim;
 mod order;
+mod ragged;
 mod ranks;
 mod replay;
 mod routing_times;
 mod sanitize;
+mod shapes;
 mod train;
 
 use std::path::{Path, PathBuf};

@@ -168,6 +168,11 @@ pub(super) fn squares_of_many(sizes: &[usize], dtype: DType) {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn cuda_clip_scale() {
+    clip_scales();
+}
+
+/// Norms below and above the limit, zero, and none.
+pub(super) fn clip_scales() {
     for (sum, pre, most) in [(16.0, 0.5, 1.0), (16.0, 0.5, 3.0), (0.0, 1.0, 1.0)] {
         compare!(
             "clip_scale",

@@ -291,3 +291,16 @@ fn cuda_lists_of_rows_are_combined() {
         }
     }
 }
+
+/// Whole numbers from zero, for lengths that fill no block, one and more.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn cuda_iota_counts() {
+    iota();
+}
+
+pub(super) fn iota() {
+    for n in [0, 1, 255, 257, 2000] {
+        compare!(&format!("iota of {n}"), DType::F32, [], [Out::Int([n].into())], |order, _i, o| order.iota(&o[0]));
+    }
+}

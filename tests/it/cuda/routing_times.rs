@@ -14,7 +14,7 @@ use fsmoe::rng::{Counter, Purpose};
 use fsmoe::tensor::{DType, Tensor};
 
 use super::bandwidth::{replayed_seconds, seconds};
-use super::support::gpu;
+use super::support::{assert_as_documented, gpu};
 
 const F32: DType = DType::F32;
 const ALIGN: usize = 128;
@@ -117,16 +117,20 @@ fn cuda_times_of_routing() {
     let report = |what: &str, launch: &dyn Fn()| {
         let replayed = replayed_seconds(&lane, 1, &|_| launch());
         println!("{what:60} {:9.1} us, as a graph {:9.1} us", seconds(&lane, launch) * 1e6, replayed * 1e6);
+        replayed * 1e6
     };
     for (tokens, e, k) in
         [(32768, 128, 8), (16384, 128, 8), (8192, 8, 2), (8192, 2, 2), (32768, 256, 8), (8192, 1024, 16)]
     {
         let b = Bench::new(&lane, tokens, e, k);
         let shape = format!("({tokens}, {e}), k = {k}");
-        report(&format!("{shape}: the complete routing"), &|| {
+        let complete = report(&format!("{shape}: the complete routing"), &|| {
             b.choose(Score::Softmax, false);
             b.place();
         });
+        if (tokens, e, k) == (32768, 128, 8) {
+            assert_as_documented("microseconds of the complete routing", complete, 50.8);
+        }
         report(&format!("{shape}: choice"), &|| b.choose(Score::Softmax, false));
         report(&format!("{shape}: choice by sigmoids"), &|| b.choose(Score::Sigmoid, false));
         report(&format!("{shape}: choice, batch-prioritised"), &|| b.choose(Score::Softmax, true));
@@ -155,7 +159,7 @@ fn cuda_times_of_routing() {
 }
 
 /// X-MoE's gate, from bf16 tokens to the complete routing.
-fn x_moe(cuda: &Cuda, report: &dyn Fn(&str, &dyn Fn())) {
+fn x_moe(cuda: &Cuda, report: &dyn Fn(&str, &dyn Fn()) -> f64) {
     let (tokens, hidden, e, k) = (32768, 4096, 128, 8);
     let lane = Lane::new(Arc::new(cuda.clone()), LaneKind::Compute);
     let config =
@@ -207,6 +211,10 @@ fn cuda_bandwidth_of_moving_rows() {
             let seconds = replayed_seconds(&lane, 8, &|n| launch(n % sets));
             let shape = format!("({tokens}, {width}), k = {k}: {what}");
             println!("{shape:56} {:9.1} us {:8.1} GB/s", seconds * 1e6, bytes as f64 / seconds / 1e9);
+            if what != "copy" {
+                // 80 % of what a copy moves: 3.31 TB/s are the least that is documented for any of these.
+                assert_as_documented(&format!("{shape}, microseconds"), seconds * 1e6, bytes as f64 / 3.31e6);
+            }
         };
         let used = |t: &Tensor| t.narrow(0, 0, tokens * k).unwrap();
         report("copy", 2 * choices, &|n| lane.copy(&used(&rows[n]), &used(&d_rows[n])).unwrap());

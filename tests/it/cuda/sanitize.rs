@@ -10,7 +10,7 @@ use fsmoe::moe::gate::GateKind;
 use fsmoe::moe::order::OrderKind;
 use fsmoe::tensor::{DType, Place};
 
-use super::{hopper, layer, optim, replay};
+use super::{gate, hopper, layer, optim, order, replay};
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
@@ -59,6 +59,7 @@ fn sanitize_math() {
 #[ignore = "needs a CUDA device"]
 fn sanitize_gate() {
     family("gate");
+    gate::noise(33, 7);
 }
 
 /// A row of a gate takes another variant for each power of two of experts.
@@ -74,6 +75,7 @@ fn sanitize_gate_widths() {
 #[ignore = "needs a CUDA device"]
 fn sanitize_order() {
     family("order");
+    order::iota();
 }
 
 /// Rows that a warp has in one go and more, aligned or not, for every number of them that is in flight.
@@ -155,6 +157,7 @@ fn sanitize_optim() {
         optim::adamw_of_many(&[1, 300, 0, 5, 16_385, 7, 20], dtype);
         optim::squares_of_many(&[3, 0, 300, 16_385], dtype);
     }
+    optim::clip_scales();
 }
 
 /// A layer's forward and backward, with each order.
@@ -170,5 +173,5 @@ fn sanitize_layer() {
 #[ignore = "needs a CUDA device"]
 fn sanitize_replay() {
     let config = layer::config(GateKind::TopK, OrderKind::GShard, ExpertKind::Gpt);
-    replay::replays_with_the_same_bits("a small layer", &config, 16);
+    replay::replays_with_the_same_bits("a small layer", &config, 16, DType::BF16);
 }

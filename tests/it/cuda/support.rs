@@ -3,6 +3,8 @@
 use std::sync::OnceLock;
 
 use fsmoe::Result;
+use fsmoe::bench::against;
+pub(super) use fsmoe::bench::against::tolerance;
 use fsmoe::device::cpu::Cpu;
 use fsmoe::device::cuda::Cuda;
 use fsmoe::device::{Lane, MemoryKernels};
@@ -16,6 +18,17 @@ pub(super) const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 pub(super) fn gpu() -> Cuda {
     static GPU: OnceLock<Cuda> = OnceLock::new();
     GPU.get_or_init(|| Cuda::new(0).unwrap()).clone()
+}
+
+/// Fails if `measured` is more than a quarter above `documented`, the figure in docs/performance.md, which holds on an H200;
+/// on another card it says that nothing is asserted. Noise stays below a quarter.
+pub(super) fn assert_as_documented(what: &str, measured: f64, documented: f64) {
+    let card = gpu().name().unwrap();
+    if card.contains("H200") {
+        assert!(measured <= 1.25 * documented, "{what}: {measured:.3}, documented as {documented:.3}");
+    } else {
+        println!("{what}: {measured:.3} on {card}, where no figure is documented: not asserted");
+    }
 }
 
 /// An operation's input. The oracle is given the same values, after rounding, in f64.
@@ -49,16 +62,6 @@ pub(super) fn acc(shape: impl Into<Shape>, values: Vec<f64>) -> In {
 }
 pub(super) fn int(shape: impl Into<Shape>, values: Vec<i32>) -> In {
     In::Int(shape.into(), values)
-}
-
-/// max|a − b| / max|b| must stay below this, outputs of the accumulation type included: they come from rounded data.
-pub(super) fn tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F32 => 1e-5,
-        DType::F16 => 2e-3,
-        DType::BF16 => 1e-2,
-        other => panic!("no kernel takes {other}"),
-    }
 }
 
 const POISON: i32 = -0x5555_5556;
@@ -143,30 +146,14 @@ pub(super) fn run(
     let (got, again) = (runs.next().unwrap(), runs.next().unwrap());
     for (n, ((got, again), right)) in got.iter().zip(&again).zip(&right).enumerate() {
         assert_eq!(bytes(got), bytes(again), "{what} in {dtype}: output {n} differs between two runs");
-        assert_close(&format!("{what} in {dtype}: output {n}"), got, right, tolerance(dtype));
+        assert_close(&format!("{what} in {dtype}: output {n}"), got, right, tolerance(got.dtype()));
     }
 }
 
-/// Fails unless max|got − right| / max|right| stays below `tolerance`; i32 tensors must be equal.
+/// Fails unless [`against::compare`] finds max|got − right| / max|right| within `tolerance`.
 pub(super) fn assert_close(what: &str, got: &Tensor, right: &Tensor, tolerance: f64) {
     assert_eq!(got.shape(), right.shape(), "{what}");
-    if got.dtype() == DType::I32 {
-        let (got, right) = (got.to_vec::<i32>().unwrap(), right.to_vec::<i32>().unwrap());
-        if let Some(at) = (0..got.len()).find(|&i| got[i] != right[i]) {
-            panic!("{what}: element {at} of {} is {}, should be {}", got.len(), got[at], right[at]);
-        }
-        return;
-    }
-    let (got, right) = (wide(got), wide(right));
-    // What all but vanishes, the difference of larger values, has their rounding.
-    let largest = right.iter().fold(0.05_f64, |most, v| most.max(v.abs()));
-    for (at, (got, right)) in got.iter().zip(&right).enumerate() {
-        let error = (got - right).abs() / largest;
-        assert!(
-            error <= tolerance || got == right,
-            "{what}: element {at} is {got}, should be {right}: off by {error:.1e} of the largest, {largest}"
-        );
-    }
+    against::compare(what, got, right, tolerance).unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// `compare!(what, dtype, [inputs], [outputs], |kernels, inputs, outputs| kernels.operation(…))`: see [`run`].
