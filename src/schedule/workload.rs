@@ -135,7 +135,7 @@ impl LayerCosts {
         let shard_lane = lane(topology, GroupKind::Shard);
         let esp = |kind| shard_lane.map(|lane| exchange(kind, lane, bytes * topology.sizes().esp as f64)).transpose();
         let dispatch = dispatch_phases(all_to_all, topology, bytes, &exchange)?;
-        let combine = dispatch.iter().rev().copied().collect();
+        let combine = dispatch.clone();
         Ok(LayerCosts {
             dispatch,
             all_gather: esp(Collective::AllGather)?,
@@ -176,7 +176,7 @@ impl LayerCosts {
     }
 }
 
-/// The phases of the all-to-all to the experts, of which the way back is the reverse; `bytes` are what a rank sends.
+/// The phases of the all-to-all to the experts, and of the one back, which goes the same way; `bytes` are what a rank sends.
 fn dispatch_phases(
     kind: AllToAllKind,
     topology: &Topology,
