@@ -208,7 +208,10 @@ pub fn check_shape(case: &Case, kernels: &dyn Kernels, sizes: &Sizes, dtype: DTy
         if bytes(&first[n])? != bytes(&second[n])? {
             return Err(Error::Numeric(format!("{what}: two runs on the same inputs differ")));
         }
-        worst = f64::max(worst, compare(&what, &first[n], &right[n], tolerance(first[n].dtype()))?);
+        // Between an expert's products what a weight's gradient is summed from is rounded to the data's type.
+        let rounded_between = case.family == "grouped" && first[n].dtype() != DType::I32;
+        let allowed = tolerance(if rounded_between { dtype } else { first[n].dtype() });
+        worst = f64::max(worst, compare(&what, &first[n], &right[n], allowed)?);
     }
     Ok(worst)
 }
@@ -221,8 +224,9 @@ fn bytes(t: &Tensor) -> Result<&[u8]> {
     Ok(unsafe { std::slice::from_raw_parts(t.ptr().cast_const(), t.elements() * t.dtype().size()) })
 }
 
-/// max|got − right| / max|right|; integers must be equal, and zeros where all of `right` are. Both are on the host, of one
-/// shape.
+/// max|got − right| / max|right|; integers must be equal. An element that is the right value rounded to its type is right,
+/// also where that type has few digits left. Where all of `right` are zero there is no ratio: what terms of order one leave
+/// of each other is compared with one. Both are on the host, of one shape.
 ///
 /// # Errors
 /// [`Error::Numeric`] with the first element that is off by more than `tolerance`.
@@ -237,12 +241,15 @@ pub fn compare(what: &str, got: &Tensor, right: &Tensor, tolerance: f64) -> Resu
             None => Ok(0.0),
         };
     }
-    let got = Lane::cpu().cast(got, DType::F64)?.to_vec::<f64>()?;
-    let right = right.to_vec::<f64>()?;
+    let cpu = Lane::cpu();
+    let wide = |t: &Tensor| cpu.cast(t, DType::F64)?.to_vec::<f64>();
+    let rounded = wide(&cpu.cast(right, got.dtype())?)?;
+    let (got, right) = (wide(got)?, wide(right)?);
     let largest = right.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
+    let largest = if largest == 0.0 { 1.0 } else { largest };
     let mut worst = 0.0_f64;
     for (at, (a, b)) in got.iter().zip(&right).enumerate() {
-        let error = if a == b { 0.0 } else { (a - b).abs() / largest };
+        let error = if a == b || *a == rounded[at] { 0.0 } else { (a - b).abs() / largest };
         // A NaN, which a poisoned element left behind, is not within anything.
         if error.is_nan() || error > tolerance {
             let by = format!(": off by {error:.1e} of the largest, {largest:.3e}, where {tolerance:.0e} is allowed");

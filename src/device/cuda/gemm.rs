@@ -160,18 +160,22 @@ fn run(cuda: &Cuda, plan: &Plan, alpha: f64, a: &Tensor, b: &Tensor, beta: f64, 
 
 /// `c = a·b + beta·c` for every [a, b, c], matrices of one dtype whose sizes may differ, in one call of cuBLAS.
 pub(super) fn grouped(cuda: &Cuda, items: &[[Tensor; 3]], beta: f64) -> Result<()> {
-    let plans: Option<Vec<[Form; 3]>> = items
-        .iter()
-        .map(|item| match [Form::of(&item[0])?, Form::of(&item[1])?, Form::of(&item[2])?] {
-            forms if !forms[2].turned && item[0].dim(1) > 0 => Some(forms),
-            _ => None,
-        })
-        .collect();
-    // Of no rows the product is zero, which the single call knows.
-    let Some(plans) = plans else { return items.iter().try_for_each(|[a, b, c]| cuda.gemm(1.0, a, b, beta, c)) };
+    let formed = |item: &[Tensor; 3]| {
+        let forms = [Form::of(&item[0])?, Form::of(&item[1])?, Form::of(&item[2])?];
+        // Of no rows the product is zero, which the single call knows.
+        (!forms[2].turned && item[0].dim(1) > 0).then_some(forms)
+    };
+    let (mut plans, mut grouped) = (Vec::new(), Vec::new());
+    for item @ [a, b, c] in items {
+        match formed(item) {
+            Some(forms) => (plans.push(forms), grouped.push(item)),
+            None => (cuda.gemm(1.0, a, b, beta, c)?, ()),
+        };
+    }
+    let items = grouped;
     let Some([a, b, c]) = items.first() else { return Ok(()) };
     let types = [data_type(a), data_type(b), data_type(c)];
-    for [a, b, c] in items {
+    for [a, b, c] in &items {
         cuda.on_device("gemm", &[a, b, c])?;
         check::gemm(a, b, c)?;
         cuda.suffix("gemm", a)?;

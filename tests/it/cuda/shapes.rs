@@ -55,7 +55,15 @@ fn on_drawn_shapes(place: Place, rounds: u32, dtypes: &[DType]) {
         )
         .run(&drawn(dtypes), |(mut wanted, dtype)| {
             let limited = |wanted: &[usize]| {
-                let sizes = case.legal(wanted);
+                let mut wanted = wanted.to_vec();
+                // The weight of one choice is 1 whatever the logits. What terms of order one leave of its gradient, 1e-7, is
+                // more than 1e-5 of the losses' gradients, which are all that is left.
+                if let ("choose_experts_backward", Some(k)) = (case.name, case.sizes.iter().position(|s| s.name == "k"))
+                {
+                    wanted[k] = wanted[k].max(2);
+                    wanted[1] = wanted[1].max(2);
+                }
+                let sizes = case.legal(&wanted);
                 let elements: usize = (case.args)(&sizes).iter().map(|arg| arg.shape.elements()).sum();
                 (elements <= ELEMENTS && (case.flops)(&sizes) <= FLOPS).then_some(sizes)
             };

@@ -91,7 +91,7 @@ fn cuda_grouped_products() {
                 "grouped_swiglu_backward",
                 dtype,
                 [x(1, m), w(2, m, h), x(3, h), x(4, h), weights()],
-                [out(h), out(h), out(h), Out::Acc([rows].into())],
+                [out(h), out(h), out(h), Out::Rounded([rows].into())],
                 |k, i, o| {
                     let weights = RowWeights { weights: &i[4], d_weights: &o[3] };
                     let (dy, w, gate, up) = (&i[0], &i[1], &i[2], &i[3]);
@@ -102,7 +102,7 @@ fn cuda_grouped_products() {
                 "grouped_gelu_backward",
                 dtype,
                 [x(1, m), w(2, m, h), x(3, h), weights()],
-                [out(h), out(h), Out::Acc([rows].into())],
+                [out(h), out(h), Out::Rounded([rows].into())],
                 |k, i, o| {
                     let weights = RowWeights { weights: &i[3], d_weights: &o[2] };
                     k.grouped_gelu_backward(Gelu::Tanh, segments, &i[0], &i[1], &i[2], Some(weights), &o[0], &o[1])
