@@ -371,10 +371,8 @@ fn volumes_follow_the_shape() {
         let costs = LayerCosts::new(&LayerShape { all_to_all: kind, ..shape }, &world, &profile).unwrap();
         assert_eq!(costs.dispatch.iter().map(|e| e.lane).collect::<Vec<_>>(), lanes);
         assert_eq!(costs.dispatch.iter().map(|e| e.work.n).collect::<Vec<_>>(), n);
-        assert_eq!(
-            costs.combine.iter().map(|e| e.lane).collect::<Vec<_>>(),
-            lanes.iter().rev().copied().collect::<Vec<_>>()
-        );
+        // The way back is the same algorithm's.
+        assert_eq!(costs.combine, costs.dispatch);
     };
     kinds(AllToAllKind::Direct, &[InterNode], &[bytes]);
     kinds(AllToAllKind::Hierarchical2d, &[IntraNode, InterNode], &[bytes; 2]);
