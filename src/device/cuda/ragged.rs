@@ -21,7 +21,7 @@ pub enum RaggedProduct {
 pub enum RaggedWay {
     /// A call per expert, one after another.
     Calls,
-    /// A call per expert, over [`STREAMS`] streams.
+    /// A call per expert, over four streams.
     Streams,
     /// One call of all experts' different sizes (cublasGemmGroupedBatchedEx).
     Grouped,

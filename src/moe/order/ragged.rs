@@ -8,7 +8,8 @@ use crate::moe::{Assignment, Order, Routing, RowSplit, Rows, Saved, SparseOrder,
 use crate::tensor::Tensor;
 
 /// Rows lie sorted by expert, then by group, with an offset per expert and no empty slots (MegaBlocks, Gale et al. 2023):
-/// the experts compute only what is kept. The loads are read to the host once per dispatch, unless [`is_even`].
+/// the experts compute only what is kept. The loads are read to the host once per dispatch, except where all experts have as
+/// many rows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ragged;
 
