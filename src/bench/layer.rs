@@ -500,7 +500,7 @@ mod tests {
         }
         let huge = "99999999999,4096,4096,8,2,gpt".parse::<LayerShape>().unwrap_err().to_string();
         assert!(huge.contains("product of its sizes"), "{huge}");
-        let large: LayerShape = "1000000,65536,262144,1024,8,gpt".parse().unwrap();
+        let large: LayerShape = "1000000,16384,65536,64,8,gpt".parse().unwrap();
         let settings = LayerSettings {
             shapes: Vec::new(),
             gate: GateKind::TopK,

@@ -116,11 +116,12 @@ impl Schedule {
         match rows.iter().find(|row: &&ScheduleRow| !row.valid) {
             None => Ok(()),
             Some(row) => Err(Error::Config(format!(
-                "emulation of {} under {}: {:.1} % of its tasks took longer than they cost, which is to be under 1 %: this \
-                 machine is too slow for the ranks, or busy",
+                "emulation of {} under {}: {:.1} % of its tasks took longer than they cost, and its step {:.1} % longer than \
+                 predicted, which are to be under 1 % and 10 %: this machine is too slow for the ranks, or busy",
                 row.shape,
                 row.policy,
-                row.overran_percent.unwrap_or_default()
+                row.overran_percent.unwrap_or_default(),
+                row.error_percent
             ))),
         }
     }

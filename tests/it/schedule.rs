@@ -61,7 +61,8 @@ fn emulated_steps_take_what_was_predicted() {
         let speedup = number(&rows[0], "measured_ms") / measured;
         assert!((number(row, "speedup_over_deepspeed") / speedup - 1.0).abs() < 1e-9);
         let overran = number(row, "overran_percent");
-        assert_eq!(row["valid"].as_bool().unwrap(), overran < 1.0);
+        let late = row["error_percent"].as_f64().unwrap();
+        assert_eq!(row["valid"].as_bool().unwrap(), overran < 1.0 && late < 10.0);
         assert!(number(row, "r_forward") >= number(row, "d_forward") && number(row, "d_forward") >= 1.0);
     }
     let valid = rows.iter().all(|row| row["valid"] == true);
