@@ -5,7 +5,7 @@
 #
 #   scripts/sanitize.sh [IT]        the integration tests' binary, by default pack/it (scripts/pack-gpu-tests.sh)
 #
-# TOOLS names other tools ("memcheck racecheck"), LIMIT the seconds that a test is given (120), JOBS how many run at a time.
+# TOOLS names other tools ("memcheck racecheck"), LIMIT the seconds that a test is given (120), JOBS how many run at a time (6).
 set -uo pipefail
 
 it=${1:-pack/it}
@@ -33,7 +33,7 @@ export -f check
 
 failed=0
 for tool in ${TOOLS:-memcheck racecheck}; do
-  xargs -P "${JOBS:-$(nproc)}" -I{} bash -c "check $tool {}" <<< "$tests" || failed=1
+  xargs -P "${JOBS:-6}" -I{} bash -c "check $tool {}" <<< "$tests" || failed=1
 done
 rm -rf "$logs"
 exit $failed
